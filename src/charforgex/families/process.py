@@ -1,0 +1,148 @@
+"""Noise processes: the mathematics of training, with no network in it.
+
+x is a scaled latent, n is noise of unit variance, t in [0, 1] with 1 = pure noise. All factors are float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from charforgex.errors import ConfigError
+
+
+def _like(factor_B: Tensor, x: Tensor) -> Tensor:
+    return factor_B.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class Process(ABC):
+    """How pictures become noise, and what the network predicts of it."""
+
+    weightings: tuple[str, ...] = ("none",)
+
+    @abstractmethod
+    def add_noise(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def to_clean(self, noisy: Tensor, prediction: Tensor, t_B: Tensor) -> Tensor:
+        """The clean latent that a prediction implies. Inverse of `add_noise` where the prediction is the target."""
+
+    @abstractmethod
+    def snap(self, t_B: Tensor) -> Tensor:
+        """The nearest times that the process knows, in float32."""
+
+    def weight(self, t_B: Tensor, weighting: str, gamma: float) -> Tensor:
+        """Loss weights (B,). Raises ConfigError for a weighting that means nothing for this process."""
+        if weighting not in self.weightings:
+            raise ConfigError(
+                f"loss.weighting={weighting} has no meaning for {self.describe()}; choose one of {', '.join(self.weightings)}."
+            )
+        return torch.ones_like(t_B)
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the effective-objective report."""
+
+
+@dataclass(frozen=True)
+class Ddpm(Process):
+    """Denoising diffusion (Ho et al. 2020) over 1000 discrete steps; t is the index divided by 999.
+
+    prediction "epsilon" or "v_prediction" (Salimans & Ho 2022); `zero_snr` rescales the betas so that t = 1 holds no
+    signal (Lin et al. 2023). Equal to diffusers' DDPMScheduler, tested.
+    """
+
+    prediction: str = "epsilon"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    zero_snr: bool = False
+    steps: int = 1000
+
+    weightings = ("none", "min_snr")
+
+    def __post_init__(self):
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(f"prediction_type={self.prediction} is not supported; epsilon and v_prediction are.")
+        if self.zero_snr and self.prediction == "epsilon":
+            raise ConfigError("A zero-terminal-SNR schedule needs v_prediction: at t = 1 the noise says nothing about the picture.")
+
+    @classmethod
+    def from_config(cls, config) -> Ddpm:
+        """From a diffusers scheduler's config."""
+        if config.get("trained_betas") is not None:
+            raise ConfigError("The checkpoint's scheduler has trained_betas, which are not supported.")
+        return cls(
+            prediction=config["prediction_type"],
+            beta_start=config["beta_start"],
+            beta_end=config["beta_end"],
+            beta_schedule=config["beta_schedule"],
+            zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
+            steps=config["num_train_timesteps"],
+        )
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """Signal power at each index, float32 (steps,)."""
+        if self.beta_schedule == "scaled_linear":
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float32) ** 2
+        elif self.beta_schedule == "linear":
+            betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float32)
+        else:
+            raise ConfigError(f"beta_schedule={self.beta_schedule} is not supported; scaled_linear and linear are.")
+        if self.zero_snr:  # Lin et al. 2023, algorithm 1
+            root = (1 - betas).cumprod(0).sqrt()
+            first, last = root[0].clone(), root[-1].clone()
+            root = (root - last) * first / (first - last)
+            power = root**2
+            betas = 1 - torch.cat([power[:1], power[1:] / power[:-1]])
+        return (1 - betas).cumprod(0)
+
+    def index(self, t_B: Tensor) -> Tensor:
+        return (t_B.float() * (self.steps - 1)).round().long()
+
+    def snap(self, t_B: Tensor) -> Tensor:
+        return self.index(t_B).float() / (self.steps - 1)
+
+    def _signal_noise(self, t_B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        power = self.alphas_cumprod.to(t_B.device)[self.index(t_B)]
+        return _like(power.sqrt(), x), _like((1 - power).sqrt(), x)
+
+    def add_noise(self, clean, noise, t_B):
+        signal, sigma = self._signal_noise(t_B, clean)
+        return signal * clean + sigma * noise
+
+    def target(self, clean, noise, t_B):
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self._signal_noise(t_B, clean)
+        return signal * noise - sigma * clean
+
+    def to_clean(self, noisy, prediction, t_B):
+        signal, sigma = self._signal_noise(t_B, noisy)
+        if self.prediction == "epsilon":
+            return (noisy - sigma * prediction) / signal
+        return signal * noisy - sigma * prediction
+
+    def snr(self, t_B: Tensor) -> Tensor:
+        power = self.alphas_cumprod.to(t_B.device)[self.index(t_B)]
+        return power / (1 - power)
+
+    def weight(self, t_B, weighting, gamma):
+        """min-SNR (Hang et al. 2023): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
+        ones = super().weight(t_B, weighting, gamma)
+        if weighting == "none":
+            return ones
+        snr = self.snr(t_B)
+        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
+    def describe(self) -> str:
+        zero = ", zero terminal SNR" if self.zero_snr else ""
+        return f"DDPM {self.prediction}, {self.beta_schedule} betas{zero}"
