@@ -1,0 +1,96 @@
+"""SDXL: a UNet with two CLIP text encoders and size conditioning. Podell et al. 2023."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from charforgex.errors import ConfigError
+from charforgex.families.base import ALL, Family
+from charforgex.families.process import Ddpm
+from charforgex.families.text import clip_ids, clip_states, seen
+from charforgex.types import Components, Crop, Text
+
+PARTS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")}
+
+TARGETS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    "attention_mlp": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+}
+TARGETS["all"] = [*TARGETS["attention_mlp"], "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
+
+
+class Sdxl(Family):
+    name = "sdxl"
+    denoiser_name = "unet"
+
+    def load(self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Components:
+        from charforgex.families.loading import load_components
+
+        names = [part for group in only for part in PARTS[group]]
+        return load_components(self, source, names, dtype, device)
+
+    def process(self, parts: Components) -> Ddpm:
+        return Ddpm.from_config(parts["scheduler"].config)
+
+    def latent_stride(self, parts: Components) -> int:
+        return int(parts.config["latent_stride"])
+
+    def pixel_multiple(self, parts: Components) -> int:
+        return self.latent_stride(parts) * 2 ** (len(parts.denoiser.config.block_out_channels) - 1)
+
+    def default_size(self, parts: Components) -> int:
+        return self.latent_stride(parts) * parts.denoiser.config.sample_size
+
+    @torch.no_grad()
+    def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
+        one, _ = clip_states(parts["text_encoder"], clip_ids(parts["tokenizer"], captions))
+        two, pooled = clip_states(parts["text_encoder_2"], clip_ids(parts["tokenizer_2"], captions))
+        tokens = torch.cat([one, two], dim=-1)
+        if parts.config.get("force_zeros_for_empty_prompt", True):
+            said = torch.tensor([bool(caption.strip()) for caption in captions], device=tokens.device)
+            tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
+        return Text(tokens, pooled)
+
+    def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
+        return [seen(parts[name], caption) for name in ("tokenizer", "tokenizer_2")]
+
+    @torch.no_grad()
+    def encode_pixels(self, parts: Components, pixels_BPHW: Tensor) -> tuple[Tensor, Tensor]:
+        vae = parts["vae"]
+        posterior = vae.encode(pixels_BPHW.to(vae.device, vae.dtype)).latent_dist
+        scale = vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode_latents(self, parts: Components, latents_BChw: Tensor) -> Tensor:
+        vae = parts["vae"]
+        latents = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        return vae.decode(latents).sample.float().clamp(-1, 1)
+
+    def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
+        index = (t_B.float() * 999).round().long()
+        time_ids = torch.cat([crop.original_B2, crop.top_left_B2, crop.target_B2], dim=1).to(noisy.device, noisy.dtype)
+        conditions = {"text_embeds": text.pooled_BD.to(noisy.dtype), "time_ids": time_ids}
+        tokens = text.tokens_BLD.to(noisy.dtype)
+        return denoiser(noisy, index, encoder_hidden_states=tokens, added_cond_kwargs=conditions, return_dict=False)[0]
+
+    def lora_targets(self, preset: str) -> list[str]:
+        if preset not in TARGETS:
+            raise ConfigError(f"lora.targets={preset} is unknown for sdxl; choose one of {', '.join(TARGETS)}.")
+        return TARGETS[preset]
+
+    def pipeline(self, parts: Components):
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline(
+            vae=parts["vae"], unet=parts["unet"], scheduler=parts["scheduler"],
+            text_encoder=parts["text_encoder"], text_encoder_2=parts["text_encoder_2"],
+            tokenizer=parts["tokenizer"], tokenizer_2=parts["tokenizer_2"],
+            force_zeros_for_empty_prompt=parts.config.get("force_zeros_for_empty_prompt", True), add_watermarker=False,
+        )  # fmt: skip
+
+    def tiny(self, seed: int = 0) -> Components:
+        raise NotImplementedError

@@ -1,0 +1,30 @@
+"""Text encoding shared by the families with CLIP encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def clip_ids(tokenizer, captions: Sequence[str]) -> Tensor:
+    """Token ids (B, L), padded and truncated to the tokenizer's length, as diffusers' pipelines do."""
+    return tokenizer(
+        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def seen(tokenizer, caption: str) -> tuple[str, int]:
+    """The caption as the encoder sees it after truncation, and the number of tokens that were cut off."""
+    whole = tokenizer(caption).input_ids
+    limit = tokenizer.model_max_length
+    kept = whole if len(whole) <= limit else [*whole[: limit - 1], whole[-1]]
+    return tokenizer.decode(kept, skip_special_tokens=True).strip(), len(whole) - len(kept)
+
+
+@torch.no_grad()
+def clip_states(encoder, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Penultimate hidden states (B, L, D), and the encoder's first output: the projection where it has one."""
+    out = encoder(ids.to(encoder.device), output_hidden_states=True)
+    return out.hidden_states[-2], out[0]
