@@ -93,4 +93,31 @@ class Sdxl(Family):
         )  # fmt: skip
 
     def tiny(self, seed: int = 0) -> Components:
-        raise NotImplementedError
+        from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from charforgex.families.loading import finish
+        from charforgex.families.tiny import clip_text_config, clip_tokenizer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules = {
+                "unet": UNet2DConditionModel(
+                    sample_size=8, block_out_channels=(4, 8), layers_per_block=2, norm_num_groups=2,
+                    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                    attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True, cross_attention_dim=64,
+                    addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+                ),
+                "vae": AutoencoderKL(
+                    block_out_channels=(4, 4, 4, 4), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                    layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.13025,
+                ),
+                "text_encoder": CLIPTextModel(clip_text_config()),
+                "text_encoder_2": CLIPTextModelWithProjection(clip_text_config()),
+            }  # fmt: skip
+        modules["tokenizer"], modules["tokenizer_2"] = clip_tokenizer(), clip_tokenizer("!")
+        modules["scheduler"] = EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+        )
+        parts = Components("tiny", self.denoiser_name, modules, {"latent_stride": 8, "force_zeros_for_empty_prompt": True})
+        return finish(parts)
