@@ -25,9 +25,10 @@ from typing import Any
 from charforgex.errors import ConfigError
 
 TEMPORARY = ".tmp-"  # what the names of unfinished files begin with; such a file is never read
-PACKAGES = (
-    "charforgex torch numpy pillow lightning diffusers transformers peft accelerate safetensors hydra-core omegaconf torchmetrics".split()
-)
+PACKAGES = ["charforgex", "torch", "numpy", "pillow", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors"]
+PACKAGES += ["hydra-core", "omegaconf", "torchmetrics"]
+EXIT_OK, EXIT_ERROR = 0, 2  # 2: something the user can mend, said in one line
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # Ctrl-C and SIGTERM, after what was done is saved: the same command goes on from there
 LOCATIONS = ("run_dir", "runs_dir", "resume", "paths", "hydra")  # top-level keys that say where, not what
 
 
@@ -115,12 +116,11 @@ def save_config(run_dir: str | os.PathLike, cfg: Any) -> Path:
     """config.yaml: the resolved config, which with the provenance suffices to repeat the run."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    return write_atomic(Path(run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(_plain(values))))
+    return write_atomic(Path(run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg), resolve=True))
 
 
 def write_provenance(run_dir: str | os.PathLike, *, seed: int, inputs: Mapping[str, str | os.PathLike] | None = None, **more: Any) -> Path:
-    """provenance.json: what ran, on what, from what. `inputs` maps names to files or folders, which are hashed; `more` is added as it is."""
+    """provenance.json: what ran, on what, from what. `inputs` maps names to files or folders, to be hashed; `more` is added as it is."""
     return write_json(Path(run_dir) / "provenance.json", provenance(seed=seed, inputs=inputs) | more)
 
 
