@@ -79,4 +79,7 @@ class Family(ABC):
 
     @abstractmethod
     def pipeline(self, parts: Components) -> DiffusionPipeline:
-        """The family's text-to-image pipeline around these very parts, without a safety checker or watermark."""
+        """The family's text-to-image pipeline around these very parts, without a safety checker or watermark.
+
+        Text encoders that are not loaded are left out; such a pipeline wants encoded prompts.
+        """

@@ -87,8 +87,7 @@ class Sdxl(Family):
 
         return StableDiffusionXLPipeline(
             vae=parts["vae"], unet=parts["unet"], scheduler=parts["scheduler"],
-            text_encoder=parts["text_encoder"], text_encoder_2=parts["text_encoder_2"],
-            tokenizer=parts["tokenizer"], tokenizer_2=parts["tokenizer_2"],
+            **{name: parts.modules.get(name) for name in PARTS["text"]},
             force_zeros_for_empty_prompt=parts.config.get("force_zeros_for_empty_prompt", True), add_watermarker=False,
         )  # fmt: skip
 

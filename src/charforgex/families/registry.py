@@ -1,0 +1,24 @@
+"""Families by name. Each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from charforgex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from charforgex.families.base import Family
+
+FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl"}
+
+
+def get(name: str) -> Family:
+    """The family of that name. Raises ConfigError for any other name."""
+    if name not in FAMILIES:
+        near = get_close_matches(str(name), FAMILIES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FAMILIES)}."
+        raise ConfigError(f"family={name} is unknown; {hint}")
+    module, _, cls = FAMILIES[name].partition(":")
+    return getattr(import_module(module), cls)()
