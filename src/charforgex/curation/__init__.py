@@ -1,0 +1,1 @@
+"""Raw pictures to a manifest. Runs without torch or diffusers."""

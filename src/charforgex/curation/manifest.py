@@ -1,0 +1,353 @@
+"""The manifest: what a dataset is, as one JSON line per picture. The contract between curation, training and evaluation.
+
+A plain folder becomes a manifest too: pictures in it and in its subfolders; beside `name.png` may stand
+
+- `name.txt` (or `name.caption`, or both): one caption per non-empty line, all of the same picture;
+- `name.mask.png`: the picture's size, white where the subject is.
+
+Names that begin with a dot are not looked at. Everything else that cannot be used stands in `Manifest.problems`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+from charforgex.curation.pictures import MAX_PIXELS, SUFFIXES, decode_picture, measure_picture, read_bytes, read_picture
+from charforgex.errors import DataError
+
+__all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture"]
+
+VERSION = 1
+CAPTION_SUFFIXES = (".txt", ".caption")
+MASK_SUFFIX = ".mask.png"
+FOREIGN = frozenset({".heic", ".heif", ".jxl", ".psd", ".svg", ".jp2", ".tga", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr"})
+MAX_CAPTION_BYTES = 2**20
+VAL_SHARE = 0.15
+MIN_TRAIN = 2
+
+
+class Problem(NamedTuple):
+    """Why a file is not used. `path` is printable even where the file's name is not."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture. Paths are relative to the manifest, with forward slashes; sizes are pixels of the upright picture."""
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+    captions: tuple[str, ...] = ()
+    split: str = "train"
+    mask: str | None = None
+    mask_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Records in a fixed order, the folder their paths start from, and what was left out when it was made from a folder."""
+
+    root: Path
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def file(self, relative: str) -> Path:
+        """Where a record's path lies. Raises DataError if it leads out of the root, also through links."""
+        return resolve_inside(self.root, relative)
+
+    def of(self, split: str) -> tuple[Record, ...]:
+        return tuple(record for record in self.records if record.split == split)
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically as JSON lines. The file must lie in `root`, from where its paths count."""
+        from charforgex.runs import write_atomic
+
+        path = Path(path)
+        if path.parent.resolve() != self.root.resolve():
+            raise DataError(f"The manifest {path} must lie in {self.root}, because its paths are relative to itself.")
+        lines = [json.dumps({"version": VERSION, **asdict(record)}, ensure_ascii=False) for record in self.records]
+        write_atomic(path, "".join(line + "\n" for line in lines))
+
+    @staticmethod
+    def read(path: str | Path) -> Manifest:
+        """Read a JSONL manifest and check that every file is there with the content it had. Raises DataError."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"The manifest {path} cannot be read: {error}.") from error
+        root = path.parent.resolve()
+        records = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    records.append(_parse(line, root))
+                except DataError as error:
+                    raise DataError(f"{path}, line {number}: {error}") from error
+        if not records:
+            raise DataError(f"The manifest {path} has no records.")
+        _refuse_twins(records, path)
+        manifest = Manifest(root, tuple(records))
+        _check_content(manifest, path)
+        return manifest
+
+    def content_hash(self) -> str:
+        """SHA-256 over what training depends on: pictures, captions, masks and split, in order; not the files' names."""
+        content = [[r.sha256, list(r.captions), r.mask_sha256, r.split] for r in self.records]
+        return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
+
+
+def resolve_inside(root: Path, relative: str) -> Path:
+    """The file `relative` names under `root`. Raises DataError if it is absolute, climbs with `..`, or a link leads outside."""
+    pure = PurePosixPath(relative)
+    if not relative or "\0" in relative or "\\" in relative or pure.is_absolute() or PureWindowsPath(relative).drive or ".." in pure.parts:
+        raise DataError(f"the path {relative!r} must be relative, with forward slashes, and stay inside the manifest's folder")
+    root = root.resolve()
+    try:
+        target = (root / pure).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise DataError(f"the path {relative!r} cannot be followed: {error}") from error
+    if not target.is_relative_to(root):
+        raise DataError(f"the path {relative!r} is a link that leads out of the manifest's folder, to {target}")
+    return target
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+CHECKS = {
+    "version": (lambda v: v == VERSION and type(v) is int, f"must be {VERSION}"),
+    "path": (lambda v: isinstance(v, str), "must be a string"),
+    "sha256": (_is_hash, "must be 64 lower-case hexadecimal digits"),
+    "width": (lambda v: type(v) is int and v > 0, "must be a positive whole number"),
+    "height": (lambda v: type(v) is int and v > 0, "must be a positive whole number"),
+    "captions": (lambda v: isinstance(v, list) and all(isinstance(c, str) and c.strip() for c in v), "must be a list of texts"),
+    "split": (lambda v: v in ("train", "val"), 'must be "train" or "val"'),
+    "mask": (lambda v: v is None or isinstance(v, str), "must be a string or null"),
+    "mask_sha256": (lambda v: v is None or _is_hash(v), "must be 64 lower-case hexadecimal digits or null"),
+}
+OPTIONAL = {"captions": [], "split": "train", "mask": None, "mask_sha256": None}
+assert set(CHECKS) == {field.name for field in fields(Record)} | {"version"}
+
+
+def _parse(line: str, root: Path) -> Record:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"this is not JSON: {error}") from error
+    if not isinstance(item, dict):
+        raise DataError("a record must be a JSON object")
+    if unknown := sorted(set(item) - set(CHECKS)):
+        raise DataError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(CHECKS)}")
+    item = OPTIONAL | item
+    for name, (holds, rule) in CHECKS.items():
+        if name not in item:
+            raise DataError(f"the field {name} is missing")
+        if not holds(item[name]):
+            raise DataError(f"{name}={item[name]!r} {rule}")
+    if (item["mask"] is None) != (item["mask_sha256"] is None):
+        raise DataError("mask and mask_sha256 go together")
+    for name in ("path", "mask"):
+        if item[name] is not None:
+            resolve_inside(root, item[name])
+    del item["version"]
+    return Record(**{**item, "captions": tuple(item["captions"])})
+
+
+def _refuse_twins(records: Sequence[Record], path: Path) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        if record.sha256 in seen:
+            raise DataError(f"{path} has the same picture twice, {seen[record.sha256]} and {record.path}; keep one of the two lines.")
+        seen[record.sha256] = record.path
+
+
+def _check_content(manifest: Manifest, path: Path) -> None:
+    wanted = [(r.path, r.sha256) for r in manifest.records] + [(r.mask, r.mask_sha256) for r in manifest.records if r.mask]
+
+    def complaint(item: tuple[str, str]) -> str | None:
+        try:
+            data = read_bytes(manifest.file(item[0]))
+        except DataError as error:
+            return f"{item[0]} ({error})"
+        return None if hashlib.sha256(data).hexdigest() == item[1] else f"{item[0]} (its content has changed)"
+
+    with ThreadPoolExecutor() as pool:
+        wrong = [found for found in pool.map(complaint, wanted) if found]
+    if wrong:
+        raise DataError(f"{path} does not fit its files: {some(wrong)}. Put the files back, or make the manifest anew.")
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def open_manifest(source: str | Path, val_count: int | None = None, min_side: int = 16, max_pixels: int = MAX_PIXELS) -> Manifest:
+    """A folder of pictures, or a `.jsonl` manifest (which brings its own split). Raises DataError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return from_folder(path, val_count, min_side, max_pixels)
+    if not path.exists():
+        raise DataError(f"There is no folder or manifest {path}; set data.source to a folder of pictures or a .jsonl manifest.")
+    if path.suffix != ".jsonl":
+        raise DataError(f"{path} is neither a folder of pictures nor a .jsonl manifest.")
+    if val_count is not None:
+        raise DataError(f"val_count={val_count} has no effect on {path}: a manifest says itself which pictures are held out.")
+    return Manifest.read(path)
+
+
+def printable(path: str | Path) -> str:
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _walk(root: Path) -> tuple[list[Path], list[Problem]]:
+    """Files under `root` in the order of their relative paths; what is a link out of it or has no proper name is a problem."""
+    files, problems = [], []
+
+    def unreadable(error: OSError) -> None:
+        problems.append(Problem(printable(os.path.relpath(error.filename, root)), f"the folder cannot be read: {error.strerror}"))
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            path = Path(folder, name)
+            if path.is_symlink():
+                problems.append(Problem(printable(path.relative_to(root)), "a linked folder is not followed; copy it here"))
+            elif path.suffix.lower() in SUFFIXES:
+                problems.append(Problem(printable(path.relative_to(root)), "it is a folder, not a picture; pictures inside are used"))
+        for name in names:
+            if not name.startswith("."):
+                files.append(Path(folder, name))
+    return sorted(files, key=lambda path: path.relative_to(root).parts), problems
+
+
+def _stem(path: Path, suffix: str) -> tuple[Path, str]:
+    """What ties a caption or mask to its picture. Composed and decomposed accents count as equal: macOS mixes them."""
+    return path.parent, unicodedata.normalize("NFC", path.name[: len(path.name) - len(suffix)])
+
+
+def _captions(paths: Sequence[Path]) -> tuple[str, ...]:
+    lines = []
+    for path in paths:
+        try:
+            text = read_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig") if path.stat().st_size else ""
+        except UnicodeDecodeError as error:
+            raise DataError(f"its caption {printable(path.name)} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        except (DataError, OSError) as error:
+            raise DataError(f"its caption {printable(path.name)}: {error}") from error
+        lines += [" ".join(line.split()) for line in text.replace("\0", " ").splitlines()]
+    return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def _read_record(root: Path, path: Path, captions: Sequence[Path], min_side: int, max_pixels: int) -> Record | Problem:
+    relative = path.relative_to(root).as_posix()
+    if printable(relative) != relative:
+        return Problem(printable(relative), "its name is not valid UTF-8; rename it")
+    try:
+        data = read_bytes(resolve_inside(root, relative))
+        width, height = measure_picture(data, max_pixels)
+        if min(width, height) < min_side:
+            raise DataError(f"its size is {width} x {height}; sides below {min_side} pixels are too small")
+        for caption in captions:
+            resolve_inside(root, caption.relative_to(root).as_posix())
+        return Record(relative, hashlib.sha256(data).hexdigest(), width, height, _captions(captions))
+    except DataError as error:
+        return Problem(relative, str(error))
+
+
+def _with_mask(root: Path, record: Record, path: Path, max_pixels: int) -> Record | Problem:
+    relative = path.relative_to(root).as_posix()
+    try:
+        data = read_bytes(resolve_inside(root, relative))
+        size = measure_picture(data, max_pixels)
+    except DataError as error:
+        return Problem(printable(relative), f"{error}; {record.path} has no mask now")
+    if size != (record.width, record.height):
+        sizes = f"its size is {size[0]} x {size[1]}, the picture's is {record.width} x {record.height}"
+        return Problem(relative, f"{sizes}; {record.path} has no mask now")
+    return replace(record, mask=relative, mask_sha256=hashlib.sha256(data).hexdigest())
+
+
+def split_records(records: Sequence[Record], val_count: int | None = None) -> list[Record]:
+    """Hold out the `val_count` records (15 % if not given) whose hashes come first, so that the same pictures stay held out.
+
+    At least two remain for training. Raises DataError if `val_count` leaves fewer.
+    """
+    most = max(0, len(records) - MIN_TRAIN)
+    if val_count is None:
+        val_count = min(max(1, round(VAL_SHARE * len(records))), most)
+    elif not 0 <= val_count <= most:
+        raise DataError(f"val_count={val_count} of {len(records)} usable pictures: choose 0 to {most}, so that {MIN_TRAIN} can train.")
+    held = set(sorted(hashlib.sha256(f"split/{record.sha256}".encode()).hexdigest() for record in records)[:val_count])
+    return [
+        replace(record, split="val" if hashlib.sha256(f"split/{record.sha256}".encode()).hexdigest() in held else "train")
+        for record in records
+    ]
+
+
+def from_folder(root: str | Path, val_count: int | None = None, min_side: int = 16, max_pixels: int = MAX_PIXELS) -> Manifest:
+    """The manifest of a plain folder. Pictures that cannot be used are skipped and stand in `problems` with the reason.
+
+    Raises DataError if `root` is no folder; a folder without a usable picture gives no records. A picture without caption has
+    `captions == ()`; who trains decides what that means. Of equal files the first is kept.
+    """
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder.")
+    files, problems = _walk(root)
+    pictures, masks, texts = [], {}, {}
+    for path in files:
+        name, suffix = path.name.lower(), path.suffix.lower()
+        if name.endswith(MASK_SUFFIX):
+            masks[_stem(path, MASK_SUFFIX)] = path
+        elif suffix in SUFFIXES:
+            pictures.append(path)
+        elif suffix in CAPTION_SUFFIXES:
+            texts.setdefault(_stem(path, suffix), []).append(path)
+        elif suffix in FOREIGN:
+            problems.append(Problem(printable(path.relative_to(root)), f"{suffix} is not supported; save it as PNG, JPEG or WebP"))
+    for found in texts.values():
+        found.sort(key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()))
+
+    def read(path: Path) -> Record | Problem:
+        return _read_record(root, path, texts.get(_stem(path, path.suffix), ()), min_side, max_pixels)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoders release the interpreter; few, for their memory
+        results = list(pool.map(read, pictures))
+
+    records: dict[str, Record] = {}
+    for path, result in zip(pictures, results, strict=True):
+        if isinstance(result, Record) and result.sha256 in records:
+            result = Problem(result.path, f"it is the same file as {records[result.sha256].path}; its captions are not used")
+        if isinstance(result, Record) and (mask := masks.get(_stem(path, path.suffix))):
+            masked = _with_mask(root, result, mask, max_pixels)
+            if isinstance(masked, Problem):
+                problems.append(masked)
+            else:
+                result = masked
+        if isinstance(result, Problem):
+            problems.append(result)
+        else:
+            records[result.sha256] = result
+
+    stems = {_stem(path, path.suffix) for path in pictures}
+    lonely = [path for stem, found in texts.items() if stem not in stems for path in found]
+    lonely += [path for stem, path in masks.items() if stem not in stems]
+    problems += [Problem(printable(path.relative_to(root)), "no picture has this name") for path in lonely]
+    return Manifest(root, tuple(split_records(list(records.values()), val_count)) if records else (), tuple(sorted(problems)))

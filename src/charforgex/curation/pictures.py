@@ -1,0 +1,148 @@
+"""Reading one picture safely: any common file becomes upright sRGB, or a DataError that says why not.
+
+Nothing here trusts a file: only the formats below are tried, sizes are checked before pixels are decoded, and whatever a
+decoder throws at a broken file becomes a DataError.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+from pathlib import Path
+
+from PIL import Image, ImageCms
+
+from charforgex.errors import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"})
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # no EPS, PDF or the like: those run interpreters
+MAX_PIXELS = 80_000_000  # about 1 GB while decoding
+MAX_BYTES = 512 * 2**20
+WHITE = (255, 255, 255)
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.3, tag 0x0112: how to turn the stored picture upright
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """A regular file's content. Raises DataError for folders, pipes, files above `limit`, and what cannot be read."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("it is not a regular file")
+        if status.st_size == 0:
+            raise DataError("the file is empty")
+        if status.st_size > limit:
+            raise DataError(f"the file has {status.st_size / 2**20:.0f} MiB, more than the {limit / 2**20:g} MiB that are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"it cannot be read: {error.strerror or error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # viewers show a picture whose EXIF block is damaged upright, and so do we
+        return 1
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """RGB, L or CMYK in its own colour space to sRGB. A profile that is damaged or of another mode is ignored, as viewers do."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    return converted
+
+
+def _sixteen_bits(image: Image.Image) -> Image.Image:
+    """Whole numbers of 0..65535 to 8 bits: 65535 / 257 = 255."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"its values reach from {values.min()} to {values.max()}; save it with 8 or 16 bits a channel")
+    return Image.fromarray(((values * 2 + 257) // 514).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        raise DataError("it holds floating-point values; save it with 8 or 16 bits a channel")
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image = _sixteen_bits(image)
+    see_through = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if see_through:
+        image = image.convert("RGBA")
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    alpha = image.getchannel("A") if see_through else None
+    colours = image.convert("RGB") if see_through else image
+    if profile:
+        colours = _to_srgb(colours, profile)
+    colours = colours.convert("RGB")
+    if alpha is None:
+        return colours
+    return Image.composite(colours, Image.new("RGB", colours.size, background), alpha)
+
+
+def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int, quick: bool) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture, and the width and height it has when upright. `quick` decodes a JPEG to the end, but at an eighth of its size."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise DataError(f"its size is {width} x {height}")
+        if width * height > max_pixels:
+            raise DataError(f"its size is {width} x {height}, more than {max_pixels / 1e6:g} megapixels; save it smaller")
+        orientation = _orientation(image)
+        if quick:
+            image.draft(None, (width // 8, height // 8))
+        image.load()
+        picture = _to_rgb(image, background)
+    if orientation in TURNS:
+        picture = picture.transpose(TURNS[orientation])
+    return picture, (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _guarded(data: bytes, background: tuple[int, int, int], max_pixels: int, quick: bool) -> tuple[Image.Image, tuple[int, int]]:
+    try:
+        return _decode(data, background, max_pixels, quick)
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"its header claims more pixels than the {max_pixels / 1e6:g} million that are decoded") from error
+    except Image.UnidentifiedImageError as error:
+        raise DataError("it is not a picture in a known format (" + ", ".join(FORMATS) + ")") from error
+    except Exception as error:  # decoders answer broken files with exceptions of nearly every type
+        raise DataError(f"it is damaged or incomplete: {type(error).__name__}: {error}") from error
+
+
+def decode_picture(data: bytes, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A file's bytes to an upright 8-bit sRGB picture, transparent parts over `background`; the first frame of an animation.
+
+    Raises DataError with the reason alone; callers name the file.
+    """
+    return _guarded(data, background, max_pixels, quick=False)[0]
+
+
+def measure_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height when upright. The whole file is decoded, so that one which passes can also be read. Raises DataError."""
+    return _guarded(data, WHITE, max_pixels, quick=True)[1]
+
+
+def read_picture(path: str | Path, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of a file, RGB. Raises DataError with the path and the reason."""
+    try:
+        return decode_picture(read_bytes(Path(path)), background, max_pixels)
+    except DataError as error:
+        raise DataError(f"{path} cannot be used: {error}.") from error
