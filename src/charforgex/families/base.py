@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,49 @@ from charforgex.types import Components, Crop, Text
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from charforgex.families.sgm import Original
+
 ALL = ("denoiser", "vae", "text")
 
 
 class Family(ABC):
     """What differs between base models, and nothing that does not. Families hold no state: parts are passed in."""
 
-    name: str
-    denoiser_name: str
-    is_video: bool = False
+    name: ClassVar[str]
+    denoiser_name: ClassVar[str]
+    is_video: ClassVar[bool] = False
+    components: ClassVar[Mapping[str, Mapping[str, str]]]  # group of ALL -> diffusers' component name -> "library.Class"
+    pipelines: ClassVar[tuple[str, ...]]  # what model_index.json may name as `_class_name`
+    original: ClassVar[Mapping[str, Callable[[str, Mapping], Original]]] = {}  # component -> its spelling in single files
+    kohya_prefixes: ClassVar[Mapping[str, str]]  # component -> how its modules' names begin in kohya's LoRA files
+    lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
+
+    @property
+    def configs(self) -> Path:
+        """The folder of configs that single-file checkpoints are read with; they hold none themselves."""
+        return Path(__file__).parent / "configs" / self.name
+
+    def is_unused(self, component: str, key: str) -> bool:
+        """Whether a weight (our name) never has an effect, so that a single file may lack it."""
+        return False
 
     @abstractmethod
-    def load(self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Components:
-        """Load from a diffusers folder, a hub id, or one `.safetensors` checkpoint; `charworld` is the embedded base.
+    def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What `Components.config` must hold even when the part is not loaded, from the denoiser's and VAE's configs."""
 
-        The scheduler always comes along. Networks are in eval mode and need no gradients.
+    def load(
+        self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None
+    ) -> Components:
+        """Load from a diffusers folder, a hub id, or one `.safetensors` checkpoint; `charworld` is the embedded base, `tiny` is `tiny()`.
+
+        The scheduler always comes along. Networks are in eval mode and need no gradients. A VAE that overflows in float16 is loaded
+        in float32. `tokenizer` is a folder for single files, which hold no tokenizers of their own.
         Raises ModelError if the source is missing, unreadable, of another family, or incomplete.
         """
+        from charforgex.families.loading import load_components
+
+        names = [name for group in only for name in self.components[group]]
+        return load_components(self, source, names, dtype, device, tokenizer)
 
     @abstractmethod
     def tiny(self, seed: int = 0) -> Components:
@@ -41,17 +68,17 @@ class Family(ABC):
     def process(self, parts: Components) -> Process:
         """The noise process of this checkpoint, from its scheduler's config."""
 
-    @abstractmethod
     def latent_stride(self, parts: Components) -> int:
         """Pixels per latent along one side: 8 for the real models."""
+        return parts.config["latent_stride"]
 
-    @abstractmethod
     def pixel_multiple(self, parts: Components) -> int:
         """Picture sides must be multiples of this."""
+        return parts.config["pixel_multiple"]
 
-    @abstractmethod
     def default_size(self, parts: Components) -> int:
         """The side in pixels at which the base was trained."""
+        return parts.config["default_size"]
 
     @abstractmethod
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
@@ -72,6 +99,10 @@ class Family(ABC):
     @abstractmethod
     def denoise(self, denoiser: nn.Module, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         """The network's prediction on the latent grid, the shape of `noisy`. `t_B` is float32 in [0, 1]."""
+
+    @abstractmethod
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
+        """Each module of the denoiser that a LoRA can adapt: its diffusers path to its path in other tools, both with dots."""
 
     @abstractmethod
     def lora_targets(self, preset: str) -> list[str]:

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from charforgex.errors import ConfigError
+from charforgex.errors import ConfigError, ModelError
 
 
 def _like(factor_B: Tensor, x: Tensor) -> Tensor:
@@ -76,9 +76,13 @@ class Ddpm(Process):
 
     @classmethod
     def from_config(cls, config) -> Ddpm:
-        """From a diffusers scheduler's config."""
+        """From a diffusers scheduler's config, whichever sampler it is of. Raises ModelError where that is no such process."""
+        name = config.get("_class_name", "The scheduler")
+        absent = [key for key in ("prediction_type", "beta_start", "beta_end", "beta_schedule", "num_train_timesteps") if key not in config]
+        if absent:
+            raise ModelError(f"{name} has no {', '.join(absent)}: it is not for a denoising diffusion model (DDPM).")
         if config.get("trained_betas") is not None:
-            raise ConfigError("The checkpoint's scheduler has trained_betas, which are not supported.")
+            raise ModelError(f"{name} has trained_betas, which are not supported.")
         return cls(
             prediction=config["prediction_type"],
             beta_start=config["beta_start"],

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from charforgex.errors import ConfigError
-from charforgex.families.base import ALL, Family
+from charforgex.families import sgm
+from charforgex.families.base import Family
 from charforgex.families.process import Ddpm
 from charforgex.families.text import clip_ids, clip_states, seen
 from charforgex.types import Components, Crop, Text
-
-PARTS = {"denoiser": ("unet",), "vae": ("vae",), "text": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")}
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -25,24 +28,41 @@ TARGETS["all"] = [*TARGETS["attention_mlp"], "conv1", "conv2", "conv_shortcut", 
 class Sdxl(Family):
     name = "sdxl"
     denoiser_name = "unet"
+    components: ClassVar = {
+        "denoiser": {"unet": "diffusers.UNet2DConditionModel"},
+        "vae": {"vae": "diffusers.AutoencoderKL"},
+        "text": {
+            "tokenizer": "transformers.CLIPTokenizer",
+            "tokenizer_2": "transformers.CLIPTokenizer",
+            "text_encoder": "transformers.CLIPTextModel",
+            "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+        },
+    }
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    original: ClassVar = {"unet": sgm.unet, "vae": sgm.vae, "text_encoder": sgm.clip_l, "text_encoder_2": sgm.clip_g}
+    kohya_prefixes: ClassVar = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    lora_labels: ClassVar = {
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "ss_base_model_version": "sdxl_base_v1-0",
+    }
 
-    def load(self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Components:
-        from charforgex.families.loading import load_components
+    def is_unused(self, component: str, key: str) -> bool:
+        """The first encoder gives its penultimate states alone; some checkpoints leave its last layer out."""
+        return component == "text_encoder" and bool(re.search(r"(^|\.)(encoder\.layers\.11|final_layer_norm)\.", key))
 
-        names = [part for group in only for part in PARTS[group]]
-        return load_components(self, source, names, dtype, device)
+    def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Pixels per latent, what picture sides must be a multiple of, and the side at which the base was trained."""
+        unet, vae = configs["unet"], configs["vae"]
+        stride = 2 ** (len(vae["block_out_channels"]) - 1)
+        return {
+            "latent_stride": stride,
+            "pixel_multiple": stride * 2 ** (len(unet["block_out_channels"]) - 1),
+            "default_size": stride * unet["sample_size"],
+        }
 
     def process(self, parts: Components) -> Ddpm:
         return Ddpm.from_config(parts["scheduler"].config)
-
-    def latent_stride(self, parts: Components) -> int:
-        return int(parts.config["latent_stride"])
-
-    def pixel_multiple(self, parts: Components) -> int:
-        return self.latent_stride(parts) * 2 ** (len(parts.denoiser.config.block_out_channels) - 1)
-
-    def default_size(self, parts: Components) -> int:
-        return self.latent_stride(parts) * parts.denoiser.config.sample_size
 
     @torch.no_grad()
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
@@ -77,6 +97,9 @@ class Sdxl(Family):
         tokens = text.tokens_BLD.to(noisy.dtype)
         return denoiser(noisy, index, encoder_hidden_states=tokens, added_cond_kwargs=conditions, return_dict=False)[0]
 
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
+        return dict(_sgm_names(json.dumps(dict(denoiser_config), sort_keys=True, default=str)))
+
     def lora_targets(self, preset: str) -> list[str]:
         if preset not in TARGETS:
             raise ConfigError(f"lora.targets={preset} is unknown for sdxl; choose one of {', '.join(TARGETS)}.")
@@ -85,11 +108,12 @@ class Sdxl(Family):
     def pipeline(self, parts: Components):
         from diffusers import StableDiffusionXLPipeline
 
-        return StableDiffusionXLPipeline(
-            vae=parts["vae"], unet=parts["unet"], scheduler=parts["scheduler"],
-            **{name: parts.modules.get(name) for name in PARTS["text"]},
+        pipeline = StableDiffusionXLPipeline(
+            **{name: parts.modules.get(name) for group in self.components.values() for name in group}, scheduler=parts["scheduler"],
             force_zeros_for_empty_prompt=parts.config.get("force_zeros_for_empty_prompt", True), add_watermarker=False,
         )  # fmt: skip
+        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
+        return pipeline
 
     def tiny(self, seed: int = 0) -> Components:
         from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -118,5 +142,16 @@ class Sdxl(Family):
         modules["scheduler"] = EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
         )
-        parts = Components("tiny", self.denoiser_name, modules, {"latent_stride": 8, "force_zeros_for_empty_prompt": True})
-        return finish(parts)
+        facts = self.facts({name: modules[name].config for name in ("unet", "vae")})
+        return finish(Components("tiny", self.denoiser_name, modules, {"force_zeros_for_empty_prompt": True} | facts))
+
+
+@lru_cache(maxsize=8)
+def _sgm_names(config: str) -> dict[str, str]:
+    """Of every linear and convolutional module in a UNet of this config (JSON), which is built without its weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads(config))
+    paths = [path for path, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    return {path: sgm.unet(f"{path}.weight", unet.config).key.removeprefix(sgm.UNET).removesuffix(".weight") for path in paths}
