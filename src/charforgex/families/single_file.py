@@ -22,7 +22,7 @@ IGNORED = (
     "global_step", "first_stage_model.loss.", "first_stage_model.model_ema.", "conditioner.embedders.1.model.logit_scale",
     "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
 )  # fmt: skip
-TOKENIZER_HOMES = ("stabilityai/stable-diffusion-xl-base-1.0", "openai/clip-vit-large-patch14")
+TOKENIZER_HOMES = {"stabilityai/stable-diffusion-xl-base-1.0": "tokenizer/", "openai/clip-vit-large-patch14": ""}
 NAMED = 6  # how many keys an error spells out
 
 
@@ -113,19 +113,19 @@ def load_tokenizers(names: Sequence[str], checkpoint: Path, folder: str | None) 
         raise ModelError(f"tokenizer={folder} holds no CLIP tokenizer (tokenizer.json, or vocab.json with merges.txt).")
     raise ModelError(
         f"{checkpoint} comes without its tokenizers. Put a folder `tokenizer` (tokenizer.json, or vocab.json with merges.txt) beside it, "
-        f"or give tokenizer=<folder>, or run once with a network: hf download {TOKENIZER_HOMES[-1]} vocab.json merges.txt"
+        f"or give tokenizer=<folder>, or run once with a network: hf download openai/clip-vit-large-patch14 vocab.json merges.txt"
     )
 
 
 def _cached_homes() -> list[Path]:
-    from huggingface_hub import snapshot_download
+    """Snapshots in the local hub cache that hold a CLIP tokenizer. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
 
     homes = []
-    for repo in TOKENIZER_HOMES:
-        try:
-            homes.append(Path(snapshot_download(repo, local_files_only=True)))
-        except OSError:  # not in the cache, which is no fault
-            continue
+    for repo, folder in TOKENIZER_HOMES.items():
+        vocabulary = try_to_load_from_cache(repo, f"{folder}vocab.json")
+        if isinstance(vocabulary, str):
+            homes.append(Path(vocabulary).parent.parent if folder else Path(vocabulary).parent)
     return homes
 
 

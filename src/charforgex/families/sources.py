@@ -138,7 +138,7 @@ def component_weights(folder: Path, variants: Sequence[str | None]) -> tuple[Wei
 
 def _hub_folder(repo: str, components: Collection[str]) -> Path:
     """The local snapshot of a hub repository, holding the files of `components`. Works from the cache alone when offline."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError  # huggingface_hub's own client, whose errors come through
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -156,17 +156,17 @@ def _hub_folder(repo: str, components: Collection[str]) -> Path:
 
 
 def _cached_folder(repo: str, components: Collection[str], unreachable: Exception, local: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, try_to_load_from_cache
 
     way_out = f"Run `hf download {repo}` where there is a network, or give the path of a folder or a .safetensors file.{local}"
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({type(unreachable).__name__})"
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
-    except OSError as error:
-        raise ModelError(f"source={repo} is no local path and not in the hub's local cache, and {reason}. {way_out}") from error
-    absent = [name for name in ("model_index.json", *components) if not (folder / name).exists()]
+    index = try_to_load_from_cache(repo, "model_index.json")
+    if not isinstance(index, str):
+        raise ModelError(f"source={repo} is no local path and not in the hub's local cache, and {reason}. {way_out}") from unreachable
+    folder = Path(index).parent
+    absent = [name for name in components if not (folder / name).is_dir()]
     if absent:
-        raise ModelError(f"source={repo} is in the hub's local cache without {', '.join(absent)}, and {reason}. {way_out}")
+        raise ModelError(f"source={repo} is in the hub's local cache without {', '.join(absent)}, and {reason}. {way_out}") from unreachable
     return folder
 
 
