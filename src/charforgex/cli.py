@@ -1,0 +1,144 @@
+"""The entry points: `python train.py a=b` and `charforgex train a=b` are the same call, and Hydra's own flags work in both.
+
+What the user can mend ends in one red line and exit code 2, an interruption in 130 or 143, our own mistakes in a traceback and 1.
+CHARFORGEX_DEBUG=1 shows the traceback of the former, too. The function that does the work is imported once the config is known to be whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from charforgex.errors import CharForgeError, ConfigError
+from charforgex.runs import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
+
+COMMANDS = {
+    "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
+    "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: the first word is the command, the rest is Hydra's."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print("usage: charforgex <command> [name=value ...] [--multirun] [--cfg job] [--help]\n")
+        print("\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items()))
+        raise SystemExit(EXIT_OK)
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"charforgex {version('charforgex')}")
+        raise SystemExit(EXIT_OK)
+    if command not in COMMANDS:
+        from charforgex.binding import not_among
+
+        complain(ConfigError(not_among(f"the command {command}", command, list(COMMANDS))))
+        raise SystemExit(EXIT_ERROR)
+    run(command, arguments[1:])
+
+
+def run(command: str, arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
+    """Runs one command with Hydra's command line and exits. `root` is a checkout whose conf/ comes before the packaged one."""
+    entry, _ = COMMANDS[command]
+    name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command}"
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    folder = root / "conf" if root and (root / "conf").is_dir() else None
+    raise SystemExit(guarded(entry, command, arguments, name, folder))
+
+
+def guarded(entry: str, config_name: str, arguments: list[str], program: str, folder: Path | None = None) -> int:
+    """Runs `entry` ("module:function") on the config and returns the exit code; a SystemExit raised on the way passes."""
+    try:
+        _hydra(entry, config_name, arguments, program, folder)
+    except CharForgeError as error:
+        complain(error)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `train.py --help | head`: nobody reads on, and closing stdout at exit must not fail for it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+def complain(error: CharForgeError) -> None:
+    """One line (more when several settings are wrong) on stderr; red on a terminal unless NO_COLOR is set."""
+    if os.environ.get("CHARFORGEX_DEBUG") == "1":
+        traceback.print_exception(error)
+        return
+    text = f"{type(error).__name__}: {error}"
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[31m{text}\033[0m" if colour else text, file=sys.stderr, flush=True)
+
+
+def _hydra(entry: str, config_name: str, arguments: list[str], program: str, folder: Path | None) -> None:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from charforgex.config import Search, complaints, explained, help_text, prepare
+
+    folder = prepare(folder)
+    task = Task(entry)
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [program, *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it otherwise prints its own report and exits
+    try:
+        options, _ = get_args_parser().parse_known_args(arguments)
+        config_name = options.config_name or config_name
+        search = Search(config_name, Path(options.config_path or folder), options.config_dir)
+        with explained(search, options.overrides):
+            if options.help:
+                print(help_text(search, options.overrides, program))
+                return
+            if options.multirun and (found := list(complaints(search, options.overrides))):
+                raise ConfigError("\n".join(found))  # before Hydra makes the sweep's folder
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
+    except ValueError as error:
+        if task.started or isinstance(error, CharForgeError):
+            raise
+        raise ConfigError(str(error)) from error  # flags that do not go together
+    finally:
+        sys.argv = before[0]
+        os.environ.pop("HYDRA_FULL_ERROR") if before[1] is None else os.environ.update(HYDRA_FULL_ERROR=before[1])
+    if task.error is not None:
+        raise task.error
+
+
+@dataclasses.dataclass
+class Task:
+    """What Hydra calls with a composed config: checks it, then imports and calls the entry. Its value is what a sweep optimises."""
+
+    entry: str
+    started: bool = False
+    error: Exception | None = None
+
+    def __call__(self, cfg: Any) -> Any:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+
+        from charforgex.config import check
+
+        self.started = True
+        hydra_cfg = HydraConfig.get()
+        try:
+            given = OmegaConf.to_container(hydra_cfg.overrides, resolve=False)  # an override may hold a reference of the job's config
+            check(cfg, GlobalHydra.instance().config_loader(), hydra_cfg.job.config_name, given["hydra"] + given["task"])
+            module, _, function = self.entry.partition(":")
+            return getattr(importlib.import_module(module), function)(cfg)
+        except Exception as error:
+            if hydra_cfg.mode == RunMode.MULTIRUN:
+                if isinstance(error, CharForgeError):
+                    complain(error)  # now: Hydra raises it only when the sweep's other jobs are through
+                raise
+            self.error = error  # raised when Hydra is done, which would print a line of its own before ours
+            return None
