@@ -69,7 +69,7 @@ def test_equals_diffusers_with_another_scheduler(parts):
     assert np.array_equal(pixels(mine), pixels(theirs))
 
 
-@pytest.mark.parametrize("scheduler", ["default", "euler_a", "unipc"])
+@pytest.mark.parametrize("scheduler", ["checkpoint", "euler_a", "unipc"])
 def test_batches_and_order_change_nothing(parts, scheduler):
     """Ancestral samplers draw at every step, multistep ones remember: both must keep to their own picture."""
     whole = latents(parts, scheduler=scheduler, batch_size=5)
@@ -139,13 +139,13 @@ def test_flow_matching_checkpoints_keep_their_scheduler():
 def test_uneven_trailing_steps_refused(parts, steps):
     """diffusers 0.42 gives 62 steps for 61, the last at index -1."""
     with pytest.raises(ConfigError, match=f"steps={steps} .*try {steps - 1} or {steps + 1}"):
-        build_scheduler(zero_snr(parts)["scheduler"], "default", steps)
+        build_scheduler(zero_snr(parts)["scheduler"], "checkpoint", steps)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_steps_out_of_range(parts, steps):
     with pytest.raises(ConfigError, match=f"steps={steps} is out of range"):
-        build_scheduler(parts["scheduler"], "default", steps)
+        build_scheduler(parts["scheduler"], "checkpoint", steps)
 
 
 def test_unknown_scheduler_names_the_nearest():

@@ -160,6 +160,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def denoiser_config(family: Family, source: str) -> dict[str, Any]:
+    """The denoiser's config, by which a LoRA file is read, without loading any weights. Raises ModelError."""
+    if str(source) == TINY:
+        return dict(family.tiny().denoiser.config)
+    found = resolve(source, family.name, [])
+    return read_config(family.configs if found.is_single_file else found.path, family.denoiser_name)
+
+
 def _check_vocabulary(parts: Components) -> None:
     for suffix in ("", "_2"):
         tokenizer, encoder = parts.modules.get(f"tokenizer{suffix}"), parts.modules.get(f"text_encoder{suffix}")

@@ -36,7 +36,7 @@ SAMPLERS = {
     ),
     "unipc": Sampler("UniPCMultistepScheduler", "UniPC", settings=MULTISTEP | {"use_karras_sigmas": False}),
 }  # fmt: skip
-DEFAULT = "default"  # the checkpoint's own
+DEFAULT = "checkpoint"  # the checkpoint's own
 
 
 def check_scheduler_name(name: str) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,7 +106,24 @@ def read(path: str | Path, family: Spelling, denoiser_config: Mapping[str, Any])
         raise LoraError(f"{path}: {error}") from error
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata in a LoRA file's header; no tensor is read. Raises LoraError if it is no LoRA file that can be read."""
+    path = Path(path)
+    with _opened(path) as file:
+        try:
+            identify(file.keys())
+        except LoraError as error:
+            raise LoraError(f"{path}: {error}") from error
+        return dict(file.metadata() or {})
+
+
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -114,7 +132,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraError(f"{path} is not a .safetensors file. Other formats can run code when they are opened; convert it first.")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise LoraError(f"{path} is damaged or no safetensors file: {error}") from error
 
