@@ -74,11 +74,11 @@ def vae(channels=(16, 32, 64)):
     )  # fmt: skip
 
 
-def unet(channels=(32, 64, 128), text_width: int = 192, pooled_width: int = 128):
+def unet(channels=(64, 96, 128), text_width: int = 192, pooled_width: int = 128):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=2, norm_num_groups=16,
+        sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=[max(1, c // 32) for c in channels], transformer_layers_per_block=[1, 1, 1],

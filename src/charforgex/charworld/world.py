@@ -240,3 +240,19 @@ def caption(
         words.append(f"{context.scene_colour} background" if plain else SCENE_WORDS[context.scene])
         note("scene", "scene_colour")
     return ", ".join(words), named
+
+
+def read_prompt(prompt: str) -> dict[str, str]:
+    """The context attributes that a prompt in charworld's words asks for: the inverse of `caption`, for measuring."""
+    text = f" {prompt.lower()} "
+    asked = {"expression": name for name, words in EXPRESSION_WORDS.items() if words in text}
+    asked |= {"scene": name for name, words in SCENE_WORDS.items() if words in text}
+    asked |= {"frame": frame for frame in FRAMES if f" {frame} of " in text}
+    for colour in COLOURS:
+        if f" {colour} background" in text:
+            asked |= {"scene": "plain", "scene_colour": colour}
+        for garment in GARMENTS:
+            words = f"overalls over {article(colour)} shirt" if garment == "overalls" else f" {colour} {garment}"
+            if words in text:
+                asked |= {"garment": garment, "garment_colour": colour}
+    return asked

@@ -69,3 +69,34 @@ class RenderedBank:
         identity, context = self.scene(index)
         name = world.invent_name(rng) if rng.random() < 0.125 else None
         return world.caption(identity, context, rng, name=name, keep=rng.choice((0.6, 0.85, 1.0)))
+
+
+UNSEEN_SCENES = ("space", "sunset", "underwater")  # never in a demo character's pictures, so that prompts can ask for something new
+TRIGGER = "zatoki"
+
+
+def held_out_character(number: int) -> world.Identity:
+    """The demo's characters: no model has seen their hair, nor them."""
+    return world.draw_identity(random.Random(f"held-out character {number}"), held_out=True)
+
+
+def trigger_of(number: int) -> str:
+    """The demo character's name and class word, as captions and prompts say them."""
+    return f"{TRIGGER} {held_out_character(number).kind}"
+
+
+def write_character(folder: Path, number: int, count: int = 30, size: int = 192) -> Path:
+    """A folder of `count` raw pictures of a held-out character: PNG beside .txt, like anybody's. Returns `folder`."""
+    from PIL import Image
+
+    identity = held_out_character(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        rng = random.Random(f"held-out character {number} picture {index}")
+        context = world.draw_context(rng)
+        while context.scene in UNSEEN_SCENES:
+            context = world.draw_context(rng)
+        Image.fromarray(drawing.render(identity, context, size)).save(folder / f"{index:03d}.png")
+        text, _ = world.caption(identity, context, name=TRIGGER)
+        (folder / f"{index:03d}.txt").write_text(text + "\n", encoding="utf-8")
+    return folder

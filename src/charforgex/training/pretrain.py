@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from charforgex.charworld import models
+from charforgex.charworld.judge import Judge
 from charforgex.charworld.world import ATTRIBUTES, visible_attributes
 from charforgex.data.rendered import RenderedBank
 from charforgex.training.optimizers import Muon, schedule
@@ -172,3 +173,38 @@ class ClipModule(Pretraining):
         image_loss = attribute_loss(self.heads["image"](image), shown)
         self.log_dict({"contrast": contrast, "text": text_loss, "image": image_loss}, prog_bar=True)
         return contrast + text_loss + 2 * image_loss
+
+
+class JudgeModule(Pretraining):
+    """The judge by supervised contrast (Khosla et al. 2020) among look-alikes, and cross-entropy on shown attributes.
+
+    A batch holds `group` pictures of each of its characters, and every character's look-alike.
+    """
+
+    group = 4
+
+    def __init__(self, lr: float = 1e-3, steps: int = 4000, temperature: float = 0.08):
+        super().__init__(lr, steps)
+        self.judge, self.temperature = Judge(), temperature
+
+    @classmethod
+    def batch(cls, bank, indices, rng):
+        """`indices` are taken as seeds of pairs of characters: a character and its look-alike, `group` pictures each."""
+        v = bank.variants
+        pairs = rng.sample(range(len(bank) // (2 * v)), len(indices) // (2 * cls.group))
+        chosen = [(2 * pair + twin) * v + k for pair in pairs for twin in (0, 1) for k in rng.sample(range(v), cls.group)]
+        pixels = pixels_of(bank, chosen)
+        gain = torch.tensor([[rng.uniform(0.9, 1.1) for _ in range(3)] for _ in chosen])[:, :, None, None]
+        pixels = pixels * gain + 0.04 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
+        shown = [visible_attributes(*bank.scene(i)) for i in chosen]
+        return pixels, torch.tensor([i // v for i in chosen]), labels_of(shown)
+
+    def training_step(self, batch, _):
+        pixels, who, shown = batch
+        embedding, logits = self.judge(pixels)
+        scores = (embedding @ embedding.T / self.temperature).fill_diagonal_(-1e9)
+        same = (who[:, None] == who).float().fill_diagonal_(0)
+        contrast = -(F.log_softmax(scores, dim=-1) * same).sum(1).div(same.sum(1)).mean()
+        attributes = attribute_loss(logits, shown)
+        self.log_dict({"contrast": contrast, "attributes": attributes}, prog_bar=True)
+        return contrast + 2 * attributes

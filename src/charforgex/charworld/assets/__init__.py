@@ -1,0 +1,28 @@
+"""The embedded models: ordinary diffusers and transformers folders in fp16, each with its LICENSE and provenance.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+BASE = ROOT / "sdxl"
+
+
+def load_judge():
+    """The frozen `Judge`, float32."""
+    from safetensors.torch import load_file
+
+    from charforgex.charworld.judge import Judge
+
+    judge = Judge()
+    judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(ROOT / "judge/model.safetensors").items()})
+    return judge.eval().requires_grad_(False)
+
+
+def load_clip():
+    """The frozen `CLIPModel`, float32, and its tokenizer."""
+    import torch
+    from transformers import CLIPModel, CLIPTokenizer
+
+    model = CLIPModel.from_pretrained(ROOT / "clip", dtype=torch.float32, use_safetensors=True).eval()
+    return model.requires_grad_(False), CLIPTokenizer.from_pretrained(ROOT / "clip")

@@ -1,0 +1,100 @@
+"""The loss of one micro-batch, and what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from charforgex.draws import torch_generator
+from charforgex.errors import ConfigError
+from charforgex.families.base import Family
+from charforgex.families.process import Ddpm, Process
+from charforgex.types import Batch
+
+
+def diffusion_loss(
+    prediction: Tensor, target: Tensor, weight_B: Tensor, mask_B1hw: Tensor | None = None, kind: str = "mse", huber_delta: float = 0.1
+) -> Tensor:
+    """Per-picture losses (B,) in float32: weight * mean error, the mean taken over the mask's area.
+
+    With a mask m >= 0 the mean is sum(m * error) / sum(m), so a small mask weighs no less than a large one.
+    kind "huber" is the pseudo-Huber loss 2 d (sqrt(e^2 + d^2) - d), which equals e^2 for errors small against d.
+    """
+    error = prediction.float() - target.float()
+    if kind == "mse":
+        error = error.square()
+    elif kind == "huber":
+        error = 2 * huber_delta * ((error.square() + huber_delta**2).sqrt() - huber_delta)
+    else:
+        raise ConfigError(f"loss.kind={kind} is unknown; choose mse or huber.")
+    if mask_B1hw is None:
+        mean = error.flatten(1).mean(1)
+    else:
+        mask = mask_B1hw.float().expand_as(error)
+        mean = (mask * error).flatten(1).sum(1) / mask.flatten(1).sum(1)
+    return weight_B.float() * mean
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: t ~ `timesteps`, noise, the family's prediction against the process's target.
+
+    timesteps: "uniform", or "logit_normal" (Esser et al. 2024) for processes with continuous time.
+    noise_offset: adds an offset of this size per channel to the noise (Guttenberg 2023); 0 is off.
+    """
+
+    kind: str = "mse"
+    huber_delta: float = 0.1
+    weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    noise_offset: float = 0.0
+    timesteps: str = "uniform"
+
+    def check(self, process: Process) -> None:
+        """Raises ConfigError for an option that this process has no use for."""
+        process.weight(torch.ones(1), self.weighting, self.min_snr_gamma)
+        if self.kind not in ("mse", "huber"):
+            raise ConfigError(f"loss.kind={self.kind} is unknown; choose mse or huber.")
+        if self.kind != "huber" and self.huber_delta != Objective.huber_delta:
+            raise ConfigError(f"loss.huber_delta={self.huber_delta} has no effect with loss.kind={self.kind}; set loss.kind=huber.")
+        if self.weighting != "min_snr" and self.min_snr_gamma != Objective.min_snr_gamma:
+            raise ConfigError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting}; set loss.weighting=min_snr."
+            )
+        if self.huber_delta <= 0 or self.min_snr_gamma <= 0:
+            raise ConfigError(f"loss.huber_delta={self.huber_delta} and loss.min_snr_gamma={self.min_snr_gamma} must be above 0.")
+        if not 0 <= self.noise_offset <= 1:
+            raise ConfigError(f"loss.noise_offset={self.noise_offset} is outside [0, 1]; 0.05 is usual, 0 is off.")
+        if self.noise_offset and not isinstance(process, Ddpm):
+            raise ConfigError(f"loss.noise_offset={self.noise_offset} has no meaning for {process.describe()}; set it to 0.")
+        if self.timesteps not in ("uniform", "logit_normal"):
+            raise ConfigError(f"loss.timesteps={self.timesteps} is unknown; choose uniform or logit_normal.")
+
+    def times(self, count: int, process: Process, *key: object) -> Tensor:
+        """Times (count,) for the draw `key`, stratified over the batch so that its mean loss varies less."""
+        generator = torch_generator(*key, "t")
+        u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        u = u[torch.randperm(count, generator=generator)]
+        if self.timesteps == "logit_normal":
+            u = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+        return process.snap(u)
+
+    def noise(self, shape: torch.Size, *key: object) -> Tensor:
+        generator = torch_generator(*key, "noise")
+        noise = torch.randn(shape, generator=generator)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=generator)
+        return noise
+
+    def losses(self, family: Family, denoiser, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> Tensor:
+        """Per-picture losses (B,). Everything random is a function of `key`."""
+        device = batch.mean_BChw.device
+        fresh = torch.randn(batch.mean_BChw.shape, generator=torch_generator(*key, "posterior")).to(device)
+        clean = batch.mean_BChw + batch.std_BChw * fresh
+        noise = self.noise(clean.shape, *key).to(device)
+        t_B = (self.times(len(batch), process, *key) if t_B is None else t_B).to(device)
+        prediction = family.denoise(denoiser, process.add_noise(clean, noise, t_B), t_B, batch.text, batch.crop)
+        weight = process.weight(t_B, self.weighting, self.min_snr_gamma)
+        return diffusion_loss(prediction, process.target(clean, noise, t_B), weight, batch.mask_B1hw, self.kind, self.huber_delta)

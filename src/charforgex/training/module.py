@@ -1,0 +1,158 @@
+"""One LightningModule for every family: the adapter (or, in pre-training, the whole denoiser) that learns, and its step.
+
+A step is `accumulate` micro-batches. Every draw in it is a function of (seed, step, rank, micro-batch), and what a checkpoint
+holds (weights, EMA, optimizer, step) is all the state there is: a run that is killed and resumed is bit-identical to one that
+was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from charforgex.errors import CheckpointError, TrainingError
+from charforgex.families.base import Family
+from charforgex.families.process import Process
+from charforgex.training.losses import Objective
+from charforgex.types import Batch
+
+MAX_SKIPPED = 5  # non-finite steps in a row before rolling back, and roll-backs before giving up
+
+
+class NotFinite(Exception):
+    """Too many non-finite steps in a row: roll back to the last good checkpoint."""
+
+
+class DenoiserModule(L.LightningModule):
+    """Trains `trainable`, some or all of the denoiser's parameters.
+
+    make_optimizer(parameters) -> optimizer; learning_rate(step) -> factor on every group's initial rate.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        process: Process,
+        objective: Objective,
+        trainable: dict[str, nn.Parameter],
+        make_optimizer: Callable,
+        learning_rate: Callable[[int], float],
+        seed: int = 0,
+        grad_clip: float = 1.0,
+        ema_decay: float = 0.0,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.family, self.denoiser, self.process, self.objective = family, denoiser, process, objective
+        self.trainable, self.seed, self.grad_clip, self.ema_decay = trainable, seed, grad_clip, ema_decay
+        self.optimizer, self.learning_rate = make_optimizer(list(trainable.values())), learning_rate
+        self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.ema = {name: p.detach().clone() for name, p in trainable.items()} if ema_decay else {}
+        self.step = 0  # optimizer steps drawn so far, skipped ones included
+        self.skipped = 0  # non-finite steps in a row
+        self.on_step = on_step
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+    def transfer_batch_to_device(self, batch: list[Batch], device, dataloader_idx: int):
+        return [micro.to(device) for micro in batch]
+
+    def training_step(self, batch: list[Batch], _) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
+            group["lr"] = rate * self.learning_rate(self.step)
+        count = sum(len(micro) for micro in batch)
+        total = torch.zeros((), device=self.device)
+        for number, micro in enumerate(batch):
+            key = (self.seed, self.step, self.global_rank, number)
+            losses = self.objective.losses(self.family, self.denoiser, self.process, micro, *key)
+            loss = losses.sum() / count
+            self.manual_backward(loss)
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.grad_clip or float("inf"))
+        finite = bool(torch.isfinite(norm) & torch.isfinite(total))
+        if finite:
+            self.optimizers().step()
+            self._update_ema()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+        for parameter in self.trainable.values():
+            parameter.grad = None
+        self.step += 1
+        if self.on_step is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.on_step(self.step, {"loss": total.item(), "grad_norm": norm.item(), "lr": rate, "skipped": float(not finite)})
+        if self.skipped >= MAX_SKIPPED:
+            raise NotFinite(f"loss {total.item()} and gradient norm {norm.item()} in {self.skipped} steps up to step {self.step}")
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Decay rises from 0 with the steps (Tan & Le 2019 style), so that early averages are not the initial weights."""
+        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, average in self.ema.items():
+            average.lerp_(self.trainable[name].detach().to(average), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the denoiser has its EMA weights, if there are any."""
+        raw = {name: p.detach().clone() for name, p in self.trainable.items()} if self.ema else {}
+        self._fill(self.ema)
+        try:
+            yield
+        finally:
+            self._fill(raw)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.trainable[name].copy_(value)
+
+    # ---- state: plain tensors by name, and plain numbers ----
+
+    def checkpoint(self) -> dict:
+        """Everything that a resumed run needs; no pickles: {"tensors": {name: Tensor}, "step": int, "seed": int}."""
+        tensors = {f"weights/{name}": p.detach() for name, p in self.trainable.items()}
+        tensors |= {f"ema/{name}": average for name, average in self.ema.items()}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        return {"tensors": tensors, "step": self.step, "seed": self.seed, "skipped": self.skipped}
+
+    @torch.no_grad()
+    def restore(self, checkpoint: dict, weights_only: bool = False) -> None:
+        """Take up a `checkpoint()`; with `weights_only` just its weights, as the start of another run."""
+        tensors = checkpoint["tensors"]
+        expected = {f"weights/{name}" for name in self.trainable}
+        found = {name for name in tensors if name.startswith("weights/")}
+        if found != expected:
+            raise CheckpointError(
+                f"The checkpoint holds {len(found)} trained tensors, this run has {len(expected)}; "
+                f"{len(found ^ expected)} differ, such as {sorted(found ^ expected)[0]}. Was the rank or a target changed?"
+            )
+        self._fill({name: tensors[f"weights/{name}"] for name in self.trainable})
+        if self.ema:
+            source = "weights" if weights_only and f"ema/{next(iter(self.ema))}" not in tensors else "ema"
+            for name, average in self.ema.items():
+                average.copy_(tensors[f"{source}/{name}"])
+        if weights_only:
+            return
+        for name, parameter in self.trainable.items():
+            state = {}
+            for key in {n.split("/", 2)[1] for n in tensors if n.startswith("optimizer/") and n.split("/", 2)[2] == name}:
+                state[key] = tensors[f"optimizer/{key}/{name}"].clone()
+            if state:
+                self.optimizer.state[parameter] = state
+        self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
+
+    def check_finite(self) -> None:
+        """Raises TrainingError if any trained weight is not finite: such weights are never saved."""
+        bad = [name for name, p in self.trainable.items() if not torch.isfinite(p).all()]
+        if bad:
+            raise TrainingError(f"{len(bad)} trained tensors are not finite at step {self.step}, such as {bad[0]}; lower optimizer.lr.")

@@ -1,0 +1,66 @@
+"""The schema of `train.yaml`'s groups: what each setting may be. No torch here, so that a bad config stops in a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from charforgex.config import Range
+from charforgex.errors import ConfigError
+
+Positive = Annotated[int, Range(at_least=1)]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: Positive = 16
+    alpha: Annotated[float, Range(above=0)] = 16.0
+    targets: str | list[str] = "attention"  # a preset of the family, or suffixes of module paths
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Range(above=0)] = 1e-4
+    weight_decay: Annotated[float, Range(at_least=0)] = 0.01
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Annotated[int, Range(at_least=0)] = 0
+    grad_clip: Annotated[float, Range(at_least=0)] = 1.0  # 0 is off
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    steps: Positive = 1000
+    accumulate: Positive = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    threads: Annotated[int, Range(at_least=0)] = 0  # of the CPU; 0 leaves it to torch
+    gradient_checkpointing: bool = False
+    ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
+    checkpoint_every: Positive = 100
+    keep: Positive = 2
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    every: Positive = 100
+    embedder: str = "charworld"
+    follower: str = "charworld"
+    prompts: tuple[str, ...] = ()
+    seeds: Positive = 1  # pictures per prompt
+    times: Positive = 8  # noise levels of the validation loss
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    steps: Positive = 20
+    guidance: Annotated[float, Range(at_least=0)] = 3.0
+    scheduler: str = "checkpoint"
+    negative: str = ""
+    batch_size: Positive = 8
+
+    def __post_init__(self):
+        if self.negative and self.guidance <= 1:
+            raise ConfigError(f"sampling.negative has no effect with sampling.guidance={self.guidance}; guidance must be above 1.")
