@@ -59,17 +59,18 @@ def arguments(target: Callable, node: Mapping[str, Any] | None, where: str, give
         assert parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY), f"{target} takes {parameter}: no schema"
 
     problems, fitted = [], {}
+    prefix = f"{where}." if where else ""  # the root of a config has no name
     for name, value in values.items():
         if name not in parameters:
-            problems.append(unknown(f"{where}.{name}", [f"{where}.{known}" for known in parameters]))
+            problems.append(unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in parameters]))
             continue
         try:
-            fitted[name] = fit(value, annotation(target, name), f"{where}.{name}")
+            fitted[name] = fit(value, annotation(target, name), f"{prefix}{name}")
         except ConfigError as error:
             problems.append(str(error))
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in values:
-            problems.append(f"{where}.{name} is missing; it needs {say(annotation(target, name))}")
+            problems.append(f"{prefix}{name} is missing; it needs {say(annotation(target, name))}")
     if problems:
         raise ConfigError("\n".join(problems))
     return fitted

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from charforgex.errors import CharForgeError, ConfigError
+from charforgex.overrides import quote_texts
 from charforgex.runs import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 
 COMMANDS = {
@@ -49,7 +50,7 @@ def run(command: str, arguments: Sequence[str] | None = None, root: Path | None 
     """Runs one command with Hydra's command line and exits. `root` is a checkout whose conf/ comes before the packaged one."""
     entry, _ = COMMANDS[command]
     name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command}"
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = quote_texts(sys.argv[1:] if arguments is None else arguments)
     folder = root / "conf" if root and (root / "conf").is_dir() else None
     raise SystemExit(guarded(entry, command, arguments, name, folder))
 
