@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -104,8 +105,8 @@ class Manifest:
         return manifest
 
     def content_hash(self) -> str:
-        """SHA-256 over what training depends on: pictures, captions, masks and split, in order; not the files' names."""
-        content = [[r.sha256, list(r.captions), r.mask_sha256, r.split] for r in self.records]
+        """SHA-256 over what training depends on: pictures, captions, masks and split; not the files' names."""
+        content = sorted([r.sha256, r.captions, r.mask_sha256, r.split] for r in self.records)
         return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
 
 
@@ -246,10 +247,10 @@ def _captions(paths: Sequence[Path]) -> tuple[str, ...]:
     lines = []
     for path in paths:
         try:
-            text = read_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig") if path.stat().st_size else ""
+            text = read_bytes(path, MAX_CAPTION_BYTES, may_be_empty=True).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"its caption {printable(path.name)} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except (DataError, OSError) as error:
+        except DataError as error:
             raise DataError(f"its caption {printable(path.name)}: {error}") from error
         lines += [" ".join(line.split()) for line in text.replace("\0", " ").splitlines()]
     return tuple(dict.fromkeys(line for line in lines if line))
@@ -328,7 +329,9 @@ def from_folder(root: str | Path, val_count: int | None = None, min_side: int = 
     def read(path: Path) -> Record | Problem:
         return _read_record(root, path, texts.get(_stem(path, path.suffix), ()), min_side, max_pixels)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoders release the interpreter; few, for their memory
+    # Decoders release the interpreter's lock; few threads, for their memory. What Pillow warns of, it then reads or refuses.
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         results = list(pool.map(read, pictures))
 
     records: dict[str, Record] = {}

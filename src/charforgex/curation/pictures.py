@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from charforgex.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"})
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # no EPS, PDF or the like: those run interpreters
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # no EPS, PDF or the like: those run interpreters
 MAX_PIXELS = 80_000_000  # about 1 GB while decoding
 MAX_BYTES = 512 * 2**20
 WHITE = (255, 255, 255)
@@ -31,13 +31,13 @@ TURNS = {
 }  # EXIF 2.3, tag 0x0112: how to turn the stored picture upright
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """A regular file's content. Raises DataError for folders, pipes, files above `limit`, and what cannot be read."""
+def read_bytes(path: Path, limit: int = MAX_BYTES, may_be_empty: bool = False) -> bytes:
+    """A regular file's content. Raises DataError for folders, pipes, empty files, files above `limit`, and what cannot be read."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise DataError("it is not a regular file")
-        if status.st_size == 0:
+        if status.st_size == 0 and not may_be_empty:
             raise DataError("the file is empty")
         if status.st_size > limit:
             raise DataError(f"the file has {status.st_size / 2**20:.0f} MiB, more than the {limit / 2**20:g} MiB that are read")

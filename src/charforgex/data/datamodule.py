@@ -99,6 +99,7 @@ class CharacterData:
         self.cache = Cache(cache)
 
         records = captions.with_trigger(self._enough(self.manifest.records), trigger, add_trigger, tag_separator, default_caption)
+        records.sort(key=lambda record: record.sha256)  # so that files may be renamed without changing any batch
         self.train = tuple(record for record in records if record.split == "train")
         self.val = tuple(record for record in records if record.split == "val")
         self._check_masks()
@@ -290,10 +291,12 @@ class CharacterData:
         return sum(map(len, missing.values()))
 
     def _fill(self, jobs: list[Callable[[], list[tuple[str, Entry]]]], title: str, progress: bool) -> int:
+        from rich.console import Console
         from rich.progress import track
 
+        console = Console(stderr=True)
         written = 0
-        for number, job in enumerate(track(jobs, title, disable=not progress, transient=True)):
+        for number, job in enumerate(track(jobs, title, console=console, disable=not (progress and console.is_terminal))):
             entries = job()
             if number == 0:
                 self.cache.check_space(len(jobs) * sum(tensor.nbytes for _, entry in entries for tensor in entry.values()))
