@@ -1,4 +1,4 @@
-"""From a folder of pictures of a character to a LoRA: `python train.py`, `python train.py data.folder=pictures`, `python train.py --help`."""
+"""From a folder of pictures of a character to a LoRA: `python train.py`, `python train.py --help`."""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     cfg = compose("train", ["steps=200", "lora.rank=8"])
 
-A key is known when a config group's own yaml has it; presets (files packaged at the root, such as `experiment/` and `debug/`) and the
+A key is known when a config group's own yaml has it; presets (files with `# @package _global_`, as in `experiment/` and `debug/`) and the
 command line may only change what is there. A node that is `{}` in its yaml takes any names. Hydra and OmegaConf are imported when needed.
 """
 
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from charforgex.binding import Range, arguments, bind, nearest, not_among, unknown
-from charforgex.errors import ConfigError
+from charforgex.binding import Range, arguments, bind, nearest, not_among, show, unknown
+from charforgex.errors import CharForgeError, ConfigError
 
 if TYPE_CHECKING:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Range", "Search", "arguments", "bind", "check", "compose", "conf_folder", "nearest", "unknown"]
 
 SYNTAX = "settings are written name=value; a value with spaces, commas, brackets or equal signs is quoted twice: \"name='a, b'\""
+NEEDED = "{0} is needed and cannot be removed with ~{0}; choose a value: {0}=..."
+GROUP = "{0} is a group of settings and takes no value of its own; set one of {1}"
 
 
 def conf_folder() -> Path:
@@ -83,9 +85,9 @@ def check(cfg: DictConfig, loader: ConfigLoaderImpl, config_name: str, overrides
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    strangers = list(undeclared(cfg, declared(loader, config_name, overrides)))
-    if strangers:
-        raise ConfigError("\n".join(strangers))
+    strange = list(strangers(cfg, declared(loader, config_name, overrides)))
+    if strange:
+        raise ConfigError("\n".join(strange))
     missing = [key for key, value in dotted(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
     if missing:
         raise ConfigError("some settings have no value yet; add to the command: " + " ".join(f"{key}=..." for key in missing))
@@ -102,23 +104,43 @@ def declared(loader: ConfigLoaderImpl, config_name: str, overrides: Sequence[str
     # Hydra's public interface composes everything or nothing; these are its own two steps, with the presets left out between them.
     parsed, repository = loader._parse_overrides_and_create_caching_repo(config_name, list(overrides))
     groups = [override for override in parsed if repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)]
+    groups = [override for override in groups if not override.is_delete()]
     parts = create_defaults_list(repository, config_name, groups, prepend_hydra=True, skip_missing=True).defaults
-    parts = [part for part in parts if part.primary or (part.package and part.package.partition(".")[0] != "hydra")]
+    parts = [part for part in parts if part.primary or not (_is_preset(part, repository) or _is_hydras(part))]
     cfg = loader._compose_config_from_defaults_list(parts, repository)
     cfg.pop("hydra", None)
     return cfg
 
 
-def undeclared(cfg: DictConfig, schema: DictConfig) -> Iterator[str]:
-    """A sentence for each key of `cfg` that `schema` has not."""
+def _is_preset(part: Any, repository: Any) -> bool:
+    """Whether a file says `# @package _global_` in its first line: it changes what others declare."""
+    loaded = repository.load_config(part.config_path)
+    return loaded is not None and loaded.header.get("package") == "_global_"
+
+
+def _is_hydras(part: Any) -> bool:
+    return part.package.partition(".")[0] == "hydra"
+
+
+def strangers(cfg: DictConfig, schema: DictConfig) -> Iterator[str]:
+    """A sentence for each key that only one of the two has, and for each group that became a plain value."""
     from omegaconf import OmegaConf
 
     values, shape = (OmegaConf.to_container(node, resolve=False) for node in (cfg, schema))
     valid = [key for key, _ in dotted(shape)]
     yield from (unknown(key, valid) for key in _strange(values, shape))
+    yield from (NEEDED.format(key) for key in _strange(shape, values))
+    yield from (GROUP.format(key, ", ".join(inner)) for key, inner in _flat(values, shape))
+
+
+def _flat(values: dict, shape: dict) -> Iterator[tuple[str, list[str]]]:
+    """Where `values` has a plain value and `shape` a group: its name, and its settings'."""
+    groups = {key: [f"{key}.{name}" for name in inner] for key, inner in dotted(shape) if isinstance(inner, dict) and inner}
+    yield from ((key, groups[key]) for key, value in dotted(values) if key in groups and not isinstance(value, dict))
 
 
 def _strange(values: dict, shape: dict, prefix: str = "") -> Iterator[str]:
+    """The names of what `values` has and `shape` has not."""
     for key, value in values.items():
         if key not in shape:
             yield f"{prefix}{key}"
@@ -148,8 +170,11 @@ def explained(search: Search, overrides: Sequence[str]) -> Iterator[None]:
         yield
     except yaml.YAMLError as error:
         raise ConfigError(f"a yaml file cannot be read: {' '.join(str(error).split())}") from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError("\n".join(complaints(search, overrides)) or reworded(error)) from error
+    except Exception as error:  # Hydra answers some overrides with a bare ValueError
+        found = list(complaints(search, overrides)) if not isinstance(error, CharForgeError) else []
+        if not found and not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
+        raise ConfigError("\n".join(found) or reworded(error)) from error
 
 
 def complaints(search: Search, overrides: Iterable[str]) -> Iterator[str]:
@@ -182,7 +207,7 @@ def complaints(search: Search, overrides: Iterable[str]) -> Iterator[str]:
         if override in groups or key.startswith("hydra"):
             continue
         if override.is_delete():
-            yield f"{override.input_line} would remove a setting that is needed; give it a value instead: {key}=..."
+            yield NEEDED.format(key)
         elif next(_strange(_nested(key), shape), None):
             yield unknown(key, valid)
 
@@ -233,20 +258,21 @@ def _parse(text: str) -> Any:
     from hydra.errors import HydraException
 
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         return f"{text} cannot be read ({_first_line(error).partition(' expecting')[0]}); {SYNTAX}"
+    return override if override.key_or_group else f"{text} cannot be read (there is no name); {SYNTAX}"
 
 
 def _wrong_choice(override: Any, options: Sequence[str]) -> Iterator[str]:
     group = override.key_or_group
     if override.is_delete():
-        yield f"{override.input_line} would remove a group that is needed; choose one instead: {group}={'|'.join(options)}"
+        yield NEEDED.format(group)
         return
     value = override.value() if not override.is_sweep_override() else list(override.sweep_string_iterator())
     for choice in value if isinstance(value, list) else [value]:
-        if isinstance(choice, (str, int, float)) and str(choice) not in options:
-            yield not_among(f"{group}={choice}", str(choice), options)
+        if not isinstance(choice, dict) and str(choice) not in options:
+            yield not_among(f"{group}={show(choice)}", str(choice), options)
 
 
 def _nested(key: str) -> dict:
