@@ -100,3 +100,15 @@ def write_character(folder: Path, number: int, count: int = 30, size: int = 192)
         text, _ = world.caption(identity, context, name=TRIGGER)
         (folder / f"{index:03d}.txt").write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def other_characters(number: int, count: int = 20, size: int = 64) -> list:
+    """A picture of each of `count` other held-out characters: what identity scores of strangers look like."""
+    from PIL import Image
+
+    pictures = []
+    for other in range(count + 1):
+        if other != number:
+            context = world.draw_context(random.Random(f"other character {other}"))
+            pictures.append(Image.fromarray(drawing.render(held_out_character(other), context, size)))
+    return pictures[:count]

@@ -22,13 +22,19 @@ class StepLog(Logger):
 
     def __init__(self, path: Path, first_step: int = 0):
         super().__init__()
-        self.path = path
+        self.path, self.file = path, None
+        self.rewind(first_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops all rows after `step`; the log goes on from there."""
+        if self.file is not None:
+            self.file.close()
         kept = self.HEADER
-        if path.exists() and first_step:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-            kept += "".join(line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= first_step)
-        write_atomic(path, kept)
-        self.file = path.open("a", encoding="utf-8")
+        if step and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            kept += "".join(line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step)
+        write_atomic(self.path, kept)
+        self.file = self.path.open("a", encoding="utf-8")
 
     @property
     def name(self) -> str:
@@ -42,12 +48,15 @@ class StepLog(Logger):
         """The resolved config lies beside the log."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.file.closed:  # Lightning finalizes its loggers after every fit, and a roll-back fits again
+            self.file = self.path.open("a", encoding="utf-8")
         self.file.write("".join(f"{step},{name},{value!r}\n" for name, value in metrics.items()))
         self.file.flush()
 
     def save(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if not self.file.closed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def finalize(self, status: str) -> None:
         self.file.close()

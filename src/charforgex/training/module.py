@@ -1,6 +1,6 @@
 """One LightningModule for every family: the adapter (or, in pre-training, the whole denoiser) that learns, and its step.
 
-A step is `accumulate` micro-batches. Every draw in it is a function of (seed, step, rank, micro-batch), and what a checkpoint
+A step is `accumulate` micro-batches. Every draw in it is a function of (seed, step, rank, micro-batch, attempt), and what a checkpoint
 holds (weights, EMA, optimizer, step) is all the state there is: a run that is killed and resumed is bit-identical to one that
 was not.
 """
@@ -20,7 +20,7 @@ from charforgex.families.process import Process
 from charforgex.training.losses import Objective
 from charforgex.types import Batch
 
-MAX_SKIPPED = 5  # non-finite steps in a row before rolling back, and roll-backs before giving up
+MAX_SKIPPED = 5  # non-finite steps in a row before rolling back
 
 
 class NotFinite(Exception):
@@ -30,7 +30,9 @@ class NotFinite(Exception):
 class DenoiserModule(L.LightningModule):
     """Trains `trainable`, some or all of the denoiser's parameters.
 
-    make_optimizer(parameters) -> optimizer; learning_rate(step) -> factor on every group's initial rate.
+    make_optimizer(parameters) -> optimizer; learning_rate(step) -> factor on every group's initial rate;
+    make_loader(first_step, rank, world) -> iterable of steps, each a list of micro-batches. `attempt` counts roll-backs and
+    gives the steps after one other draws than those that failed.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class DenoiserModule(L.LightningModule):
         seed: int = 0,
         grad_clip: float = 1.0,
         ema_decay: float = 0.0,
-        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        attempt: int = 0,
+        make_loader: Callable | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -56,7 +59,12 @@ class DenoiserModule(L.LightningModule):
         self.ema = {name: p.detach().clone() for name, p in trainable.items()} if ema_decay else {}
         self.step = 0  # optimizer steps drawn so far, skipped ones included
         self.skipped = 0  # non-finite steps in a row
-        self.on_step = on_step
+        self.attempt, self.make_loader = attempt, make_loader
+        self.numbers: dict[str, float] = {}
+
+    def train_dataloader(self):
+        """Lists of `accumulate` micro-batches from this step on; asked for once the processes know their ranks."""
+        return self.make_loader(self.step, self.trainer.global_rank, self.trainer.world_size)
 
     def configure_optimizers(self):
         return self.optimizer
@@ -70,7 +78,7 @@ class DenoiserModule(L.LightningModule):
         count = sum(len(micro) for micro in batch)
         total = torch.zeros((), device=self.device)
         for number, micro in enumerate(batch):
-            key = (self.seed, self.step, self.global_rank, number)
+            key = (self.seed, self.step, self.global_rank, number, self.attempt)
             losses = self.objective.losses(self.family, self.denoiser, self.process, micro, *key)
             loss = losses.sum() / count
             self.manual_backward(loss)
@@ -86,9 +94,8 @@ class DenoiserModule(L.LightningModule):
         for parameter in self.trainable.values():
             parameter.grad = None
         self.step += 1
-        if self.on_step is not None:
-            rate = self.optimizer.param_groups[0]["lr"]
-            self.on_step(self.step, {"loss": total.item(), "grad_norm": norm.item(), "lr": rate, "skipped": float(not finite)})
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.numbers = {"loss": total.item(), "grad_norm": norm.item(), "lr": rate} | ({} if finite else {"skipped": 1.0})
         if self.skipped >= MAX_SKIPPED:
             raise NotFinite(f"loss {total.item()} and gradient norm {norm.item()} in {self.skipped} steps up to step {self.step}")
 
@@ -123,7 +130,7 @@ class DenoiserModule(L.LightningModule):
         for name, parameter in self.trainable.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
-        return {"tensors": tensors, "step": self.step, "seed": self.seed, "skipped": self.skipped}
+        return {"tensors": tensors, "step": self.step, "seed": self.seed, "attempt": self.attempt}
 
     @torch.no_grad()
     def restore(self, checkpoint: dict, weights_only: bool = False) -> None:
@@ -149,7 +156,7 @@ class DenoiserModule(L.LightningModule):
                 state[key] = tensors[f"optimizer/{key}/{name}"].clone()
             if state:
                 self.optimizer.state[parameter] = state
-        self.step, self.skipped = checkpoint["step"], checkpoint["skipped"]
+        self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])
 
     def check_finite(self) -> None:
         """Raises TrainingError if any trained weight is not finite: such weights are never saved."""

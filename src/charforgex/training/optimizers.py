@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from charforgex.errors import ConfigError
+
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrix by the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
@@ -64,7 +66,7 @@ def schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
         "linear": lambda x: 1 - x,
     }
     if name not in shapes:
-        raise ValueError(f"optimizer.schedule={name} is unknown; choose one of {', '.join(shapes)}.")
+        raise ConfigError(f"optimizer.schedule={name} is unknown; choose one of {', '.join(shapes)}.")
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -72,3 +74,11 @@ def schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
         return shapes[name](min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def build_optimizer(name: str, parameters: list, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if name == "muon":
+        return Muon(parameters, lr=lr, weight_decay=weight_decay)
+    raise ConfigError(f"optimizer.name={name} is unknown; choose adamw or muon.")

@@ -48,6 +48,7 @@ class EvaluationSettings:
     every: Positive = 100
     embedder: str = "charworld"
     follower: str = "charworld"
+    others: str | None = None
     prompts: tuple[str, ...] = ()
     seeds: Positive = 1  # pictures per prompt
     times: Positive = 8  # noise levels of the validation loss

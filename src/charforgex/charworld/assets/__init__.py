@@ -15,7 +15,9 @@ def load_judge():
     from charforgex.charworld.judge import Judge
 
     judge = Judge()
-    judge.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in load_file(ROOT / "judge/model.safetensors").items()})
+    weights = {name: tensor.float() for name, tensor in load_file(ROOT / "judge/model.safetensors").items()}
+    counters = {name: t for name, t in judge.state_dict().items() if name.endswith("num_batches_tracked")}  # of no use in eval mode
+    judge.load_state_dict(weights | counters)
     return judge.eval().requires_grad_(False)
 
 

@@ -1,0 +1,367 @@
+"""The main job: a character's pictures to the LoRA, its proof and its files. One function a stage, in the order they run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from charforgex import runs
+from charforgex.config import bind
+from charforgex.curation.manifest import read_picture
+from charforgex.data.datamodule import CharacterData
+from charforgex.data.rendered import trigger_of, write_character
+from charforgex.errors import ConfigError, DataError
+from charforgex.evaluation.alignment import get_follower
+from charforgex.evaluation.identity import get_embedder
+from charforgex.families import registry
+from charforgex.families.base import Family
+from charforgex.families.loading import weights_hash
+from charforgex.generation.schedulers import check_scheduler_name
+from charforgex.lora.formats import save_verified
+from charforgex.lora.inject import adapter_parameters, inject, read_adapter
+from charforgex.lora.metadata import build
+from charforgex.training import report
+from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
+from charforgex.training.curves import draw_curves
+from charforgex.training.knowing import Anchors, Knowing, Scores, as_metrics, plain
+from charforgex.training.logs import StepLog, read_log
+from charforgex.training.loop import StepLoader, fit
+from charforgex.training.losses import Objective
+from charforgex.training.module import DenoiserModule
+from charforgex.training.optimizers import build_optimizer, schedule
+from charforgex.training.run import DEMO, Clock, Settings
+from charforgex.types import Components
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO_PICTURES = 30
+SPARE_BYTES = 64 << 20  # besides the checkpoints: samples, logs, curves
+
+
+@dataclass(frozen=True)
+class Character:
+    """Whose pictures: a folder or manifest, the trigger, and other people's pictures for the identity floor."""
+
+    source: Path
+    trigger: str | None
+    others: str | None
+
+
+@dataclass
+class Job:
+    """What the stages share."""
+
+    cfg: DictConfig
+    settings: Settings
+    run_dir: Path
+    console: Console
+    clock: Clock
+    character: Character | None = None
+
+
+def train_character(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
+    """Returns what result.json holds. See `training.run.run`."""
+    job = Job(cfg, settings, run_dir, Console(), Clock(run_dir))
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
+    family = registry.get(cfg.family.name)
+    check_scheduler_name(settings.sampling.scheduler)
+    objective = bind(Objective, cfg.loss, "loss")
+    character = job.character = find_character(cfg, run_dir)
+    settings = job.settings = with_trigger(settings, character.trigger)
+    rest = {key: value for key, value in cfg.data.items() if key not in ("source", "trigger")}
+    data = bind(CharacterData, rest, "data", source=character.source, trigger=character.trigger, cache=Path(cfg.cache_dir), seed=cfg.seed)
+    if not data.val:
+        raise DataError("No picture is held out, so nothing could tell whether the LoRA is the character; set data.val_count to 1 or more.")
+
+    parts, load_parts = load_base(cfg, family, settings)
+    process = family.process(parts)
+    objective.check(process)
+    targets = settings.lora.targets
+    targets = family.lora_targets(targets) if isinstance(targets, str) else targets
+    adapted = inject(parts.denoiser, targets, settings.lora.rank, settings.lora.alpha, cfg.seed)
+    check_disk(run_dir, adapter_parameters(parts.denoiser), settings.trainer.keep)
+
+    start_run(job, data, going_on)
+    made = data.prepare(
+        family, load_parts, weights={group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")},
+        pixel_multiple=family.pixel_multiple(parts), latent_stride=family.latent_stride(parts),
+        prompts=[*settings.evaluation.prompts, settings.sampling.negative], dtype=cfg.family.dtype,
+    )  # fmt: skip
+    module = make_module(job, family, parts, objective, data)
+    show_plan(job, family, parts, objective, data, adapted, module, load_parts, made)
+
+    checkpoints = run_dir / "checkpoints"
+    if going_on:
+        restore(job, module, checkpoints)
+    parts.modules |= load_parts(["vae"]).modules
+    parts["vae"].encoder = None  # pictures are all encoded; only previews are decoded from here on
+    measuring = Measuring(job, family, parts, data, objective, module)
+    loggers = [measuring.log, *make_loggers(job)]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    stopped = fit(
+        module, checkpoints, settings.trainer, loggers, job.console, measuring, settings.evaluation.every, lambda: {measuring.best_step}
+    )
+    job.clock.save()
+    if stopped is not None:
+        job.console.print(f"Stopped at step {module.step}; all is saved. The same command goes on from there, or: python train.py resume={run_dir}")
+        raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
+    return finish(job, family, parts, data, module, measuring)
+
+
+# ---- before the first step ----
+
+
+def find_character(cfg: DictConfig, run_dir: Path) -> Character:
+    """Where the pictures are. A demo character becomes a folder of raw pictures like any other, and brings its trigger."""
+    source, others = str(cfg.data.source), cfg.evaluation.others
+    if not source.startswith(DEMO):
+        return Character(Path(source), cfg.data.trigger, others)
+    number = source.removeprefix(DEMO)
+    if not number.isdigit():
+        raise ConfigError(f"data.source={source} must be {DEMO} and a number, such as {DEMO}0.")
+    if cfg.data.trigger is not None:
+        raise ConfigError(f"data.trigger={cfg.data.trigger} has no effect with data.source={source}, whose captions have their own.")
+    folder = run_dir / "pictures"
+    if not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
+        write_character(folder, int(number), DEMO_PICTURES)
+    return Character(folder, trigger_of(int(number)), others or source)
+
+
+def with_trigger(settings: Settings, trigger: str | None) -> Settings:
+    """The evaluation prompts with their {trigger} replaced."""
+    evaluation = settings.evaluation
+    if trigger is None and any("{trigger}" in prompt for prompt in evaluation.prompts):
+        raise ConfigError(
+            'data.trigger is not set, and evaluation.prompts use it; give the word that calls the character, data.trigger="ohwx woman".'
+        )
+    prompts = tuple(prompt.replace("{trigger}", trigger or "") for prompt in evaluation.prompts)
+    return replace(settings, evaluation=replace(evaluation, prompts=prompts))
+
+
+def load_base(cfg: DictConfig, family: Family, settings: Settings):
+    """The denoiser, and a function that loads other groups when they are needed."""
+    if cfg.family.dtype not in DTYPES:
+        raise ConfigError(f"family.dtype={cfg.family.dtype} is unknown; choose one of {', '.join(DTYPES)}.")
+    dtype = DTYPES[cfg.family.dtype]
+
+    def load_parts(groups: Sequence[str]) -> Components:
+        return family.load(cfg.family.source, groups, dtype, tokenizer=cfg.family.tokenizer)
+
+    parts = load_parts(["denoiser"])
+    if settings.trainer.gradient_checkpointing:
+        parts.denoiser.enable_gradient_checkpointing()
+    return parts, load_parts
+
+
+def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
+    """Raises ConfigError if checkpoints (weights, EMA and two optimizer moments each) and the run's files would not fit."""
+    needed = 4 * 4 * sum(p.numel() for p in parameters.values()) * (keep + 3) + SPARE_BYTES
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(f"run_dir={run_dir} needs about {needed >> 20} MiB, and {free >> 20} MiB are free; free some, or set runs_dir.")
+
+
+def start_run(job: Job, data: CharacterData, going_on: bool) -> None:
+    """The folder, with all that is needed to repeat the run."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    if not going_on:
+        runs.save_config(job.run_dir, job.cfg)
+        runs.write_provenance(job.run_dir, seed=job.cfg.seed, dataset_sha256=data.dataset_hash, config_sha256=runs.config_hash(job.cfg))
+
+
+def make_module(job: Job, family: Family, parts: Components, objective: Objective, data: CharacterData) -> DenoiserModule:
+    s = job.settings
+
+    def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
+        micro = s.trainer.accumulate
+        return StepLoader(data.train_dataloader(first_step * micro, (s.trainer.steps - first_step) * micro, rank, world), micro)
+
+    return DenoiserModule(
+        family, parts.denoiser, family.process(parts), objective, adapter_parameters(parts.denoiser),
+        make_optimizer=lambda parameters: build_optimizer(s.optimizer.name, parameters, s.optimizer.lr, s.optimizer.weight_decay),
+        learning_rate=schedule(s.optimizer.schedule, s.trainer.steps, s.optimizer.warmup),
+        seed=job.cfg.seed, grad_clip=s.optimizer.grad_clip, ema_decay=s.trainer.ema, make_loader=make_loader,
+    )  # fmt: skip
+
+
+def show_plan(job: Job, family, parts, objective, data, adapted, module, load_parts, made) -> None:
+    """The effective objective, the data and the time that it will take."""
+    s = job.settings
+    trainable = sum(p.numel() for p in module.trainable.values())
+    tokenizers = load_parts(["text"])
+    lines = report.objective_lines(family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable)
+    report.show(job.console, "Objective", lines)
+    report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
+    expected, _ = report.trial(module, s.trainer.steps)
+    memory = f"{report.peak_memory_bytes() / 2**30:.2f} GiB so far"
+    encoded = f"{made['latent']} pictures and {made['text']} captions encoded, the rest was cached"
+    report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
+
+
+def restore(job: Job, module: DenoiserModule, checkpoints: Path) -> None:
+    checkpoint, problems = load_last_good(checkpoints)
+    for problem in problems:
+        job.console.print(f"[yellow]{problem} Falling back to the one before.")
+    if checkpoint is not None:
+        module.restore(checkpoint)
+        job.console.print(f"Going on with {job.run_dir} from step {module.step}.")
+
+
+def make_loggers(job: Job) -> list:
+    options = job.cfg.logger
+    loggers = []
+    if options.tensorboard:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(job.run_dir, name="tensorboard", version=""))
+    if options.wandb:
+        try:
+            from lightning.pytorch.loggers import WandbLogger
+
+            logger = WandbLogger(
+                name=job.run_dir.name, save_dir=job.run_dir, project=options.project, offline=bool(options.offline), id=job.run_dir.name,
+                resume="allow", config=OmegaConf.to_container(job.cfg, resolve=True),
+            )  # fmt: skip
+        except ModuleNotFoundError as error:
+            raise ConfigError('logger.wandb=true needs wandb: pip install ".[wandb]".') from error
+        loggers.append(logger)
+    elif options.offline:
+        raise ConfigError("logger.offline=true has no effect with logger.wandb=false.")
+    return loggers
+
+
+# ---- while it trains ----
+
+
+class Measuring:
+    """Called with the step at every evaluation: draws, measures, logs, and remembers the best checkpoint."""
+
+    def __init__(self, job: Job, family: Family, parts: Components, data: CharacterData, objective: Objective, module: DenoiserModule):
+        self.job, self.module = job, module
+        self.log = StepLog(job.run_dir / "metrics.csv", module.step)
+        others = other_pictures(job.character.others, data)
+        with job.console.status("measuring the base model"):
+            self.knowing = Knowing(
+                family, parts, data, objective, get_embedder(job.settings.evaluation.embedder),
+                get_follower(job.settings.evaluation.follower), job.settings.evaluation, job.settings.sampling, others, job.cfg.seed,
+            )  # fmt: skip
+            self.anchors = self.knowing.anchors()
+        self.history = [scores for scores in self._earlier() if scores.step <= module.step]
+
+    def _earlier(self) -> list[Scores]:
+        path = self.job.run_dir / "scores.json"
+        return [Scores(**row) for row in json.loads(path.read_text())["checkpoints"]] if path.exists() else []
+
+    @property
+    def best(self) -> Scores | None:
+        return max(self.history, key=self.anchors.value, default=None)
+
+    @property
+    def best_step(self) -> int:
+        return self.best.step if self.best else -1
+
+    def __call__(self, step: int) -> None:
+        with self.module.averaged():
+            scores, pictures = self.knowing.scores(step)
+        self.history = [*(s for s in self.history if s.step < step), scores]
+        rows = {"anchors": plain(self.anchors), "checkpoints": [plain(s) for s in self.history]}
+        runs.write_json(self.job.run_dir / "scores.json", rows)
+        metrics = as_metrics(scores, self.anchors)
+        for logger in self.module.trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        self.knowing.sheet(pictures, self.job.run_dir / "samples" / f"step-{step:08d}.png", f"step {step}")
+        self.job.clock.save()
+        self.job.console.print(
+            f"step {step}: identity {scores.identity:.3f} (base {self.anchors.base:.3f}, real {self.anchors.ceiling:.3f}), "
+            f"prompt-following {scores.prompt_following:.2f} (base {self.anchors.prompt_following:.2f}), "
+            f"validation {scores.validation:.4f} (base {self.anchors.validation:.4f})", highlight=False,
+        )  # fmt: skip
+
+
+def other_pictures(source: str | None, data: CharacterData) -> list:
+    """Pictures of other people, for the identity floor: a folder's, or the demo's other characters."""
+    if source is None:
+        return []
+    if str(source).startswith(DEMO):
+        from charforgex.data.rendered import other_characters
+
+        return other_characters(int(str(source).removeprefix(DEMO)))
+    folder = Path(source)
+    pictures = []
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        with contextlib.suppress(DataError):
+            pictures.append(read_picture(path, data.background))
+    if not pictures:
+        raise ConfigError(f"evaluation.others={source} holds no readable picture.")
+    return pictures
+
+
+# ---- after the last step ----
+
+
+def finish(job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule, measuring: Measuring) -> dict[str, Any]:
+    """Takes the best checkpoint, saves the LoRA in both formats, and the sheet, curves and result.json."""
+    best, anchors, run_dir = measuring.best, measuring.anchors, job.run_dir
+    path = run_dir / "checkpoints" / folder_name(best.step)
+    if path not in saved_steps(run_dir / "checkpoints"):
+        raise AssertionError(f"the best checkpoint {path} was not kept")
+    module.restore(SafeCheckpointIO().load_checkpoint(path))
+    metadata_of = lambda lora: build(  # noqa: E731
+        lora, family, title=job.cfg.name, base=str(job.cfg.family.source), trigger=job.character.trigger or "", tags=data.tag_frequency(),
+        resolution=(max(data.resolutions),) * 2, prediction=family.process(parts).prediction, steps=best.step,
+        learning_rate=job.settings.optimizer.lr, batch_size=data.batch_size * job.settings.trainer.accumulate, pictures=len(data.train),
+        seed=job.cfg.seed, config_sha256=runs.config_hash(job.cfg), dataset_sha256=data.dataset_hash,
+    )  # fmt: skip
+    with module.averaged():
+        lora = read_adapter(parts.denoiser, family.denoiser_name)
+        files = {"kohya": run_dir / f"{job.cfg.name}.safetensors", "diffusers": run_dir / f"{job.cfg.name}_diffusers.safetensors"}
+        for format, file in files.items():
+            save_verified(lora, file, format, family, parts.denoiser, metadata=metadata_of(lora))
+        pictures = measuring.knowing.draw()
+    measuring.knowing.sheet(pictures, run_dir / "sheet.png", f"{job.cfg.name}: {job.character.trigger}")
+    draw_curves(read_log(run_dir / "metrics.csv"), run_dir / "curves.png", best.step)
+
+    ratio = best.prompt_following / anchors.prompt_following if anchors.prompt_following else None
+    gain = anchors.gain(best.identity)
+    result = {
+        "lora": str(files["kohya"]), "lora_diffusers": str(files["diffusers"]), "trigger": job.character.trigger, "value": anchors.value(best),
+        "identity": {"floor": anchors.floor, "base": anchors.base, "lora": best.identity, "ceiling": anchors.ceiling, "gain": gain},
+        "prompt_following": {"base": anchors.prompt_following, "lora": best.prompt_following, "ratio": ratio},
+        "diversity": {"base": anchors.diversity, "lora": best.diversity}, "nearest_training_picture": best.nearest,
+        "validation": {"base": anchors.validation, "lora": best.validation}, "extra": {"base": anchors.extra, "lora": best.extra},
+        "best_step": best.step, "steps": module_steps(measuring), "seconds": job.clock.seconds(), "peak_memory_bytes": report.peak_memory_bytes(),
+        "sheet": str(run_dir / "sheet.png"), "curves": str(run_dir / "curves.png"), "config": str(run_dir / "config.yaml"),
+    }  # fmt: skip
+    runs.write_result(run_dir, result)
+    show_result(job, result)
+    return result
+
+
+def module_steps(measuring: Measuring) -> int:
+    return measuring.history[-1].step
+
+
+def show_result(job: Job, result: dict[str, Any]) -> None:
+    identity, following = result["identity"], result["prompt_following"]
+    floor = "" if identity["floor"] is None else f"other characters {identity['floor']:.2f}, "
+    prompt = job.settings.evaluation.prompts[0]
+    report.show(job.console, "Done", [
+        ("identity", f"{identity['lora']:.3f} ({floor}base model {identity['base']:.2f}, real pictures {identity['ceiling']:.2f}): "
+                     f"{identity['gain']:.0%} of the way from base to real"),
+        ("prompt-following", f"{following['lora']:.2f}, the base's own {following['base']:.2f}"),
+        ("best checkpoint", f"step {result['best_step']} of {result['steps']}"),
+        ("time, memory", f"{result['seconds'] / 60:.1f} min, {result['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        ("LoRA", result["lora"]), ("judge it", result["sheet"]), ("curves", result["curves"]),
+        ("use it", f"python generate.py lora={result['lora']} prompt='\"{prompt}\"'"),
+    ])  # fmt: skip

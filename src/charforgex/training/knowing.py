@@ -1,0 +1,183 @@
+"""What a run knows of itself: validation loss with the adapter on and off, and an identity curve on held-out references.
+
+Everything is fixed but the weights: held-out pictures, noise, noise levels, prompts and seeds. The checkpoint that is kept is
+chosen by these numbers, not by being the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from charforgex.curation.manifest import read_picture
+from charforgex.data.datamodule import CharacterData
+from charforgex.draws import seed_of
+from charforgex.evaluation.alignment import Follower
+from charforgex.evaluation.identity import Embedder, diversity, nearest, similarity
+from charforgex.families.base import Family
+from charforgex.generation.sampling import sample
+from charforgex.generation.sheets import contact_sheet
+from charforgex.lora.inject import without_adapter
+from charforgex.runs import replace_atomic
+from charforgex.training.losses import Objective
+from charforgex.training.settings import EvaluationSettings, SamplingSettings
+from charforgex.types import Components, Text
+
+FAITHFUL = 0.9  # share of the base's prompt-following that a chosen checkpoint keeps
+
+
+@dataclass
+class Scores:
+    """One checkpoint's numbers. `identity` and `nearest` are cosines, `diversity` a cosine distance."""
+
+    step: int
+    identity: float
+    prompt_following: float
+    diversity: float
+    nearest: float
+    validation: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Anchors:
+    """What the curve is read against: other characters, the base model with the trigger, and real pictures of the character."""
+
+    floor: float | None
+    base: float
+    ceiling: float
+    prompt_following: float
+    diversity: float
+    validation: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def gain(self, identity: float) -> float:
+        """Share of the way from the base model to real pictures: 0 is no better than the base, 1 is as good as real."""
+        return (identity - self.base) / max(self.ceiling - self.base, 1e-6)
+
+    def value(self, scores: Scores) -> float:
+        """What the best checkpoint has most of: identity gain, less what prompt-following falls below 90 % of the base's, and
+        scaled down where pictures are less varied than half of the base's."""
+        faithful = min(1.0, scores.prompt_following / max(FAITHFUL * self.prompt_following, 1e-6))
+        varied = min(1.0, scores.diversity / max(0.5 * self.diversity, 1e-6))
+        gain = self.gain(scores.identity)
+        return gain * faithful * varied if gain > 0 else gain
+
+
+class Knowing:
+    """Measures the denoiser in `parts`, which also hold the scheduler and a VAE that decodes."""
+
+    def __init__(
+        self,
+        family: Family,
+        parts: Components,
+        data: CharacterData,
+        objective: Objective,
+        embedder: Embedder,
+        follower: Follower,
+        settings: EvaluationSettings,
+        sampling: SamplingSettings,
+        others: Sequence[Image.Image] = (),
+        seed: int = 0,
+    ):
+        self.family, self.parts, self.data, self.objective = family, parts, data, objective
+        self.embedder, self.follower, self.settings, self.sampling = embedder, follower, settings, sampling
+        self.process = family.process(parts)
+        self.prompts = [prompt for prompt in settings.prompts for _ in range(settings.seeds)]
+        self.seeds = [seed_of(seed, "evaluation", i) % 2**31 for i in range(len(self.prompts))]
+        self.references = data.references()
+        self.training_pictures = [read_picture(path, data.background) for path in data.paths("train")]
+        self.reference_vectors = embedder(self.references)
+        self.training_features = follower.features(self.training_pictures)
+        self.other_vectors = embedder(others) if others else None
+        self.base_pictures: list[Image.Image] = []
+
+    # ---- pictures ----
+
+    def draw(self) -> list[Image.Image]:
+        """The evaluation pictures by the denoiser as it stands."""
+        device = self.parts.denoiser.device
+        text = Text.stack([self.data.text(prompt) for prompt in self.prompts]).to(device)
+        negative = self.data.text(self.sampling.negative).to(device)
+        size = max(self.data.resolutions)
+        return sample(
+            self.family, self.parts, None, self.seeds, text=text, negative_text=negative, size=(size, size), steps=self.sampling.steps,
+            guidance=self.sampling.guidance, scheduler=self.sampling.scheduler, batch_size=self.sampling.batch_size,
+        )  # fmt: skip
+
+    def sheet(self, pictures: Sequence[Image.Image], path: Path, title: str) -> None:
+        """References above, then the base model and the LoRA on each prompt."""
+        columns = min(len(self.prompts), 8)
+        rows = [(self.references * columns)[:columns], self.base_pictures[:columns], list(pictures)[:columns]]
+        labels = [prompt.split(", ", 1)[-1] for prompt in self.prompts[:columns]]
+        image = contact_sheet(rows, ("held-out references", "base model", "LoRA"), labels, title)
+        with replace_atomic(path) as temporary:
+            image.save(temporary)
+
+    # ---- numbers ----
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss over held-out pictures x fixed noise x noise levels in the middle of equal shares of [0, 1]."""
+        device, total, count = self.parts.denoiser.device, 0.0, 0
+        for batch in self.data.validation():
+            for level in range(self.settings.times):
+                t_B = self.process.snap(torch.full((len(batch),), (level + 0.5) / self.settings.times))
+                key = ("validation", *batch.keys, level)
+                losses = self.objective.losses(self.family, self.parts.denoiser, self.process, batch.to(device), *key, t_B=t_B)
+                total, count = total + losses.sum().item(), count + len(losses)
+        return total / count
+
+    def _measure(self, pictures: Sequence[Image.Image]) -> dict:
+        features = self.follower.features(pictures)
+        following = self.follower.score(pictures, self.prompts)
+        extra = {}
+        if hasattr(self.follower, "clip_score"):
+            clip = self.follower.clip_score(pictures, self.prompts)
+            extra["clip_score"] = sum(clip) / len(clip)
+        return {
+            "identity": similarity(self.embedder(pictures), self.reference_vectors).mean().item(),
+            "prompt_following": sum(following) / len(following),
+            "diversity": diversity(features),
+            "nearest": nearest(features, self.training_features)[0].mean().item(),
+            "extra": extra,
+        }
+
+    def anchors(self) -> Anchors:
+        """Measured with the adapter off, so they hold for the whole run."""
+        with without_adapter(self.parts.denoiser):
+            self.base_pictures = self.draw()
+            validation = self.validation_loss()
+        base = self._measure(self.base_pictures)
+        real = self.embedder(self.training_pictures)
+        floor = similarity(self.other_vectors, self.reference_vectors).mean().item() if self.other_vectors is not None else None
+        return Anchors(
+            floor=floor, base=base["identity"], ceiling=similarity(real, self.reference_vectors).mean().item(),
+            prompt_following=base["prompt_following"], diversity=base["diversity"], validation=validation, extra=base["extra"],
+        )  # fmt: skip
+
+    def scores(self, step: int) -> tuple[Scores, list[Image.Image]]:
+        pictures = self.draw()
+        return Scores(step=step, validation=self.validation_loss(), **self._measure(pictures)), pictures
+
+
+def as_metrics(scores: Scores, anchors: Anchors) -> dict[str, float]:
+    """The names that metrics.csv, TensorBoard and W&B share."""
+    metrics = {
+        "identity/lora": scores.identity, "identity/base": anchors.base, "identity/ceiling": anchors.ceiling,
+        "identity/gain": anchors.gain(scores.identity), "prompt_following/lora": scores.prompt_following,
+        "prompt_following/base": anchors.prompt_following, "diversity/lora": scores.diversity, "diversity/base": anchors.diversity,
+        "nearest_training_picture": scores.nearest, "validation/lora": scores.validation, "validation/base": anchors.validation,
+        "value": anchors.value(scores),
+    }  # fmt: skip
+    if anchors.floor is not None:
+        metrics["identity/floor"] = anchors.floor
+    return metrics | scores.extra
+
+
+def plain(item: Scores | Anchors) -> dict:
+    return asdict(item)

@@ -1,0 +1,93 @@
+"""Fit a module to its last step, whatever happens on the way: asked to stop, not finite, or resumed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from charforgex.errors import TrainingError
+from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good
+from charforgex.training.logs import StepLog
+from charforgex.training.module import MAX_SKIPPED, DenoiserModule, NotFinite
+from charforgex.training.settings import TrainerSettings
+from charforgex.training.steering import Asked, ProgressLine, Steering
+
+MAX_ROLLBACKS = 2
+
+
+def fit(
+    module: DenoiserModule, folder: Path, settings: TrainerSettings, loggers: Sequence[Logger], console: Console,
+    measure: Callable[[int], None], measure_every: int, keep_always: Callable[[], set[int]],
+) -> int | None:  # fmt: skip
+    """Trains `module` from its step to `settings.steps`, with checkpoints in `folder`.
+
+    Returns None when done, or the number of the signal that asked for a stop; all is saved then. A step whose loss or gradients
+    are not finite changes nothing; after five in a row the last good checkpoint is taken up again with other draws, twice at most.
+    Raises TrainingError then.
+    """
+    log = next((logger for logger in loggers if isinstance(logger, StepLog)), None)
+    if module.step >= settings.steps:
+        return None
+    asked = Asked()
+    reasons = []
+    while True:
+        with ProgressLine(settings.steps, module.step, console) as progress:
+            steering = Steering(
+                folder, settings.steps, settings.checkpoint_every, measure_every, settings.keep, measure, keep_always, progress, asked
+            )
+            trainer = build_trainer(settings, loggers, steering)
+            if module.step == 0 and trainer.is_global_zero:  # so that there is always something to roll back to
+                SafeCheckpointIO().save_checkpoint(module.checkpoint(), folder / folder_name(0))
+            try:
+                trainer.fit(module)
+                return asked.signal
+            except NotFinite as error:
+                reasons.append(str(error))
+        checkpoint, _ = load_last_good(folder)
+        if len(reasons) > MAX_ROLLBACKS:
+            raise TrainingError(
+                f"Training stopped: {MAX_SKIPPED} steps in a row were not finite, and {MAX_ROLLBACKS} roll-backs did not help "
+                f"({reasons[-1]}). The last good checkpoint is of step {checkpoint['step']}. Lower optimizer.lr, or use precision 32-true."
+            )
+        module.attempt, module.skipped = module.attempt + 1, 0
+        module.restore(checkpoint)
+        if log is not None:
+            log.rewind(module.step)
+        console.print(f"[yellow]Not finite: {reasons[-1]}. Back to step {module.step}, with other noise.")
+
+
+def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbacks: L.Callback) -> L.Trainer:
+    """A quiet Trainer: progress, checkpoints and logs are ours."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    return L.Trainer(
+        accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy, precision=settings.precision,
+        max_epochs=1, logger=list(loggers), callbacks=list(callbacks), plugins=[SafeCheckpointIO()], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+    )  # fmt: skip
+
+
+class StepLoader:
+    """Groups a loader's micro-batches into steps."""
+
+    def __init__(self, loader, accumulate: int):
+        self.loader, self.accumulate = loader, accumulate
+
+    def __len__(self) -> int:
+        return len(self.loader) // self.accumulate
+
+    def __iter__(self):
+        group = []
+        for batch in self.loader:
+            group.append(batch)
+            if len(group) == self.accumulate:
+                yield group
+                group = []

@@ -1,0 +1,97 @@
+"""What is about to be trained, said before the first step; and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from charforgex.data.datamodule import CharacterData
+from charforgex.families.base import Family
+from charforgex.families.process import Process
+from charforgex.training.losses import Objective
+from charforgex.training.module import DenoiserModule
+from charforgex.training.settings import LoraSettings, OptimizerSettings, TrainerSettings
+from charforgex.types import Components
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def histogram(values: torch.Tensor, bins: int = 10) -> str:
+    """Values in [0, 1] as a row of bars."""
+    counts = torch.histc(values, bins, 0, 1)
+    return "".join(BARS[round(float(c / counts.max()) * (len(BARS) - 1))] for c in counts)
+
+
+def objective_lines(
+    family: Family, parts: Components, process: Process, objective: Objective, lora: LoraSettings, adapted: Sequence[str],
+    optimizer: OptimizerSettings, trainer: TrainerSettings, trainable: int,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """The effective objective, as (what, value)."""
+    times = torch.cat([objective.times(4, process, "report", i) for i in range(250)])
+    weights = process.weight(times, objective.weighting, objective.min_snr_gamma)
+    loss = objective.kind if objective.kind == "mse" else f"pseudo-Huber, delta {objective.huber_delta:g}"
+    weighting = "none" if objective.weighting == "none" else f"min-SNR {objective.min_snr_gamma:g}: {weights.min():.3f} to {weights.max():.3f}"
+    return [
+        ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}".replace("torch.", "")),
+        ("target", process.describe()),
+        ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),
+        ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}"),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale alpha/rank {lora.alpha / lora.rank:g}"),
+        ("trains", f"{len(adapted)} layers, {trainable / 1e6:.2f} M parameters, such as {adapted[0]}"),
+        ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}, clip {optimizer.grad_clip:g}"),
+        ("EMA", f"{trainer.ema:g}" if trainer.ema else "off"),
+        ("precision", trainer.precision),
+    ]  # fmt: skip
+
+
+def data_lines(family: Family, parts: Components, data: CharacterData, count: int = 5) -> list[tuple[str, str]]:
+    """The data and `count` final prompts as the encoders see them; `parts` hold the tokenizers."""
+    sizes = sorted({item.cut.size for item in data.items})
+    shown = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
+    lines = [("pictures", f"{len(data.train)} to train on, {len(data.val)} held out; sizes {shown}")]
+    cut = [max(n for _, n in family.seen_text(parts, text)) for texts in data.texts.values() for text in texts]
+    lines.append(("captions", f"{sum(n > 0 for n in cut)} of {len(cut)} are cut off" + (f", by up to {max(cut)} tokens" if any(cut) else "")))
+    for number, prompt in enumerate(data.final_prompts(count)):
+        lines.append((f"prompt {number + 1}", family.seen_text(parts, prompt)[0][0] or "(dropped)"))
+    lines += [("skipped", f"{problem.path}: {problem.reason}") for problem in data.problems]
+    lines += [("note", note) for note in data.notes]
+    return lines
+
+
+def trial(module: DenoiserModule, steps: int) -> tuple[str, float]:
+    """Time expected for `steps`, from one forward and backward pass that changes nothing, and its seconds."""
+    loader = iter(module.make_loader(module.step, 0, 1))
+    batch = next(loader)
+    device = next(iter(module.trainable.values())).device
+    started = time.perf_counter()
+    for micro in batch:
+        losses = module.objective.losses(module.family, module.denoiser, module.process, micro.to(device), "trial")
+        losses.mean().backward()
+    for parameter in module.trainable.values():
+        parameter.grad = None
+    seconds = time.perf_counter() - started
+    return f"about {seconds * steps / 60:.1f} min for {steps} steps, by one trial step of {seconds:.2f} s (measuring comes on top)", seconds
+
+
+def peak_memory_bytes() -> int:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def show(console: Console, title: str, lines: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(name, value.replace("[", "\\["))
+    console.print(table)

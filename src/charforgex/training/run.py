@@ -1,0 +1,120 @@
+"""`python train.py`: from a folder of pictures to a LoRA. `train(cfg)` is what every entry point and sweep calls.
+
+Nothing heavy is imported before the settings are known to be right.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from charforgex import runs
+from charforgex.config import bind
+from charforgex.errors import ConfigError, DataError
+from charforgex.training.settings import EvaluationSettings, LoraSettings, OptimizerSettings, SamplingSettings, TrainerSettings
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+DEMO = "charworld:"  # data.source=charworld:N draws the Nth held-out character
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything in `train.yaml` that can be judged without torch."""
+
+    lora: LoraSettings
+    optimizer: OptimizerSettings
+    trainer: TrainerSettings
+    evaluation: EvaluationSettings
+    sampling: SamplingSettings
+
+
+def check(cfg: DictConfig) -> Settings:
+    """The settings, each in its type and range, or a ConfigError that names what is wrong. Imports no torch."""
+    settings = Settings(
+        lora=bind(LoraSettings, cfg.lora, "lora"),
+        optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
+        trainer=bind(TrainerSettings, cfg.trainer, "trainer"),
+        evaluation=bind(EvaluationSettings, cfg.evaluation, "evaluation"),
+        sampling=bind(SamplingSettings, cfg.sampling, "sampling"),
+    )
+    if not settings.evaluation.prompts:
+        raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
+    return settings
+
+
+def train(cfg: DictConfig) -> float:
+    """Runs the training that `cfg` describes. Returns the value of the best checkpoint, which is what a sweep maximises."""
+    return run(cfg)["value"]
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """`train`, returning all of result.json. Raises CharForgeError; exits with 130 or 143 when stopped, with all saved."""
+    if cfg.resume is not None:
+        cfg = resumed(Path(cfg.resume))
+    settings = check(cfg)
+    run_dir, going_on = choose_run_dir(cfg)
+    from charforgex.training.character import train_character
+
+    return train_character(cfg, settings, run_dir, going_on)
+
+
+def resumed(run_dir: Path) -> DictConfig:
+    """The config that a run folder was made with."""
+    from omegaconf import OmegaConf
+
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume={run_dir} is not a run folder: it has no config.yaml.")
+    cfg = OmegaConf.load(path)
+    cfg.run_dir, cfg.fresh = str(run_dir), False
+    return cfg
+
+
+def choose_run_dir(cfg: DictConfig) -> tuple[Path, bool]:
+    """The run's folder, and whether an interrupted run of the same settings lies there to be gone on with."""
+    name = f"{cfg.name}-{runs.config_hash(cfg)[:8]}"
+    base = Path(cfg.run_dir) if cfg.run_dir is not None else Path(cfg.runs_dir) / name
+    if not base.exists():
+        return base, False
+    finished, started = (base / "result.json").exists(), (base / "config.yaml").exists()
+    if started and not finished and not cfg.fresh:
+        return base, True
+    if cfg.run_dir is not None:
+        if any(base.iterdir()):
+            what = "a finished run" if finished else "an interrupted run" if started else "other files"
+            raise ConfigError(f"run_dir={base} holds {what}; name another folder" + (", or go on with it by fresh=false." if started and not finished else "."))
+        return base, False
+    for number in range(2, 1000):
+        path = base.with_name(f"{name}-{number}")
+        if not path.exists():
+            return path, False
+        if not (path / "result.json").exists() and (path / "config.yaml").exists() and not cfg.fresh:
+            return path, True
+    raise DataError(f"{cfg.runs_dir} holds 999 runs of these settings; remove some, or set runs_dir.")
+
+
+def elapsed_before(run_dir: Path) -> float:
+    """Seconds that earlier sittings of this run took."""
+    path = run_dir / "seconds.json"
+    if not path.exists():
+        return 0.0
+    import json
+
+    return float(json.loads(path.read_text())["seconds"])
+
+
+class Clock:
+    """Time of all sittings of a run."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.before, self.started = run_dir, elapsed_before(run_dir), time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def save(self) -> None:
+        runs.write_json(self.run_dir / "seconds.json", {"seconds": self.seconds()})
