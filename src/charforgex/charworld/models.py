@@ -8,7 +8,7 @@ import random
 from charforgex.charworld import world
 
 SIZE = 64  # pixels
-NAME_LENGTH = 77
+LENGTH = 77
 
 
 def tokenizer():
@@ -33,7 +33,7 @@ def tokenizer():
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in merges], model_max_length=NAME_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in merges], model_max_length=LENGTH)
 
 
 def text_config(tokens, width: int, projection: int):
@@ -41,7 +41,7 @@ def text_config(tokens, width: int, projection: int):
 
     return CLIPTextConfig(
         vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 32,
-        num_hidden_layers=3, max_position_embeddings=NAME_LENGTH, hidden_act="gelu", projection_dim=projection,
+        num_hidden_layers=3, max_position_embeddings=LENGTH, hidden_act="gelu", projection_dim=projection,
         bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.eos_token_id,
     )  # fmt: skip
 

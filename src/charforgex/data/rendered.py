@@ -43,8 +43,8 @@ class RenderedBank:
 
     def __init__(self, root: Path, count: int, size: int = 64, seed: int = 0, variants: int = 1, held_out: bool = False):
         self.seed, self.variants, self.held_out = seed, variants, held_out
-        name = f"{'held' if held_out else 'train'}_{seed}_{count}_{variants}_{size}.npy"
-        path = Path(root) / name
+        self.name = f"{'held' if held_out else 'train'}_{seed}_{count}_{variants}_{size}"
+        path = Path(root) / f"{self.name}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -14,7 +14,7 @@ from rich.console import Console
 from charforgex.errors import TrainingError
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good
 from charforgex.training.logs import StepLog
-from charforgex.training.module import MAX_SKIPPED, DenoiserModule, NotFinite
+from charforgex.training.module import MAX_SKIPPED, StepModule, NotFinite
 from charforgex.training.settings import TrainerSettings
 from charforgex.training.steering import Asked, ProgressLine, Steering
 
@@ -22,7 +22,7 @@ MAX_ROLLBACKS = 2
 
 
 def fit(
-    module: DenoiserModule, folder: Path, settings: TrainerSettings, loggers: Sequence[Logger], console: Console,
+    module: StepModule, folder: Path, settings: TrainerSettings, loggers: Sequence[Logger], console: Console,
     measure: Callable[[int], None], measure_every: int, keep_always: Callable[[], set[int]],
 ) -> int | None:  # fmt: skip
     """Trains `module` from its step to `settings.steps`, with checkpoints in `folder`.

@@ -1,4 +1,4 @@
-"""One LightningModule for every family: the adapter (or, in pre-training, the whole denoiser) that learns, and its step.
+"""One training step for everything that learns: an adapter, or in pre-training a whole network.
 
 A step is `accumulate` micro-batches. Every draw in it is a function of (seed, step, rank, micro-batch, attempt), and what a checkpoint
 holds (weights, EMA, optimizer, step) is all the state there is: a run that is killed and resumed is bit-identical to one that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,8 +28,8 @@ class NotFinite(Exception):
     """Too many non-finite steps in a row: roll back to the last good checkpoint."""
 
 
-class DenoiserModule(L.LightningModule):
-    """Trains `trainable`, some or all of the denoiser's parameters.
+class StepModule(L.LightningModule):
+    """Trains the parameters in `trainable` by whatever `losses` a subclass has.
 
     make_optimizer(parameters) -> optimizer; learning_rate(step) -> factor on every group's initial rate;
     make_loader(first_step, rank, world) -> iterable of steps, each a list of micro-batches. `attempt` counts roll-backs and
@@ -37,10 +38,6 @@ class DenoiserModule(L.LightningModule):
 
     def __init__(
         self,
-        family: Family,
-        denoiser: nn.Module,
-        process: Process,
-        objective: Objective,
         trainable: dict[str, nn.Parameter],
         make_optimizer: Callable,
         learning_rate: Callable[[int], float],
@@ -52,7 +49,6 @@ class DenoiserModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.family, self.denoiser, self.process, self.objective = family, denoiser, process, objective
         self.trainable, self.seed, self.grad_clip, self.ema_decay = trainable, seed, grad_clip, ema_decay
         self.optimizer, self.learning_rate = make_optimizer(list(trainable.values())), learning_rate
         self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -69,18 +65,22 @@ class DenoiserModule(L.LightningModule):
     def configure_optimizers(self):
         return self.optimizer
 
-    def transfer_batch_to_device(self, batch: list[Batch], device, dataloader_idx: int):
-        return [micro.to(device) for micro in batch]
+    def losses(self, micro: Any, key: tuple) -> Tensor:
+        """Per-example losses (B,) of a micro-batch; everything random in them is a function of `key`."""
+        raise NotImplementedError
 
-    def training_step(self, batch: list[Batch], _) -> None:
+    def size(self, micro: Any) -> int:
+        """Examples in a micro-batch: a step's loss is the mean over all examples of all its micro-batches."""
+        return len(micro)
+
+    def training_step(self, batch: list, _) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
             group["lr"] = rate * self.learning_rate(self.step)
-        count = sum(len(micro) for micro in batch)
+        count = sum(self.size(micro) for micro in batch)
         total = torch.zeros((), device=self.device)
         for number, micro in enumerate(batch):
             key = (self.seed, self.step, self.global_rank, number, self.attempt)
-            losses = self.objective.losses(self.family, self.denoiser, self.process, micro, *key)
-            loss = losses.sum() / count
+            loss = self.losses(micro, key).sum() / count
             self.manual_backward(loss)
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.grad_clip or float("inf"))
@@ -163,3 +163,14 @@ class DenoiserModule(L.LightningModule):
         bad = [name for name, p in self.trainable.items() if not torch.isfinite(p).all()]
         if bad:
             raise TrainingError(f"{len(bad)} trained tensors are not finite at step {self.step}, such as {bad[0]}; lower optimizer.lr.")
+
+
+class DenoiserModule(StepModule):
+    """Trains a denoiser of any family, or an adapter in it, by the family's own objective. Micro-batches are `types.Batch`es."""
+
+    def __init__(self, family: Family, denoiser: nn.Module, process: Process, objective: Objective, trainable: dict, **settings):
+        super().__init__(trainable, **settings)
+        self.family, self.denoiser, self.process, self.objective = family, denoiser, process, objective
+
+    def losses(self, micro: Batch, key: tuple) -> Tensor:
+        return self.objective.losses(self.family, self.denoiser, self.process, micro, *key)

@@ -1,70 +1,67 @@
-"""Pre-training of the embedded models, one LightningModule each. The denoiser itself is trained by `module.py`.
+"""The networks of the embedded base and how each is trained, from nothing, on rendered pictures. See `pretraining.py` for the command.
 
-Pixels arrive as uint8 (B, H, W, 3); captions are made for every draw.
+Every class has `batch(bank, indices, rng)`, which makes a micro-batch, `losses` of one, and `measure(bank)` on a bank that was not
+trained on. Pixels are uint8 (B, H, W, 3) in a bank and (B, 3, H, W) in [-1, 1] here.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from charforgex.charworld import models
 from charforgex.charworld.judge import Judge
 from charforgex.charworld.world import ATTRIBUTES, visible_attributes
 from charforgex.data.rendered import RenderedBank
-from charforgex.training.optimizers import Muon, schedule
+from charforgex.draws import torch_generator
+from charforgex.families.base import Family
+from charforgex.runs import replace_atomic
+from charforgex.training.module import DenoiserModule, StepModule
+from charforgex.types import Batch, Components, Crop
 
 UNSAID = -100  # cross_entropy's ignore_index
 
 
-class Draws(IterableDataset):
-    """Endless batches of a bank; batch `step` is a function of (seed, step), so a resume begins where it stopped."""
-
-    def __init__(self, bank: RenderedBank, batch_size: int, make, seed: int = 0, first_step: int = 0):
-        self.bank, self.batch_size, self.make, self.seed, self.step = bank, batch_size, make, seed, first_step
-
-    def __iter__(self):
-        while True:
-            rng = random.Random(f"draw/{self.seed}/{self.step}")
-            yield self.make(self.bank, rng.sample(range(len(self.bank)), self.batch_size), rng)
-            self.step += 1
-
-
-def pixels_of(bank: RenderedBank, indices) -> Tensor:
+def pixels_of(bank: RenderedBank, indices: Sequence[int]) -> Tensor:
     """(B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack([bank.pixels[i] for i in indices])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def labels_of(named: list[dict[str, str]]) -> dict[str, Tensor]:
+def labels_of(named: Sequence[dict[str, str]]) -> dict[str, Tensor]:
     """Attribute -> (B,) class indices, `UNSAID` where the picture or caption does not show it."""
     return {
         name: torch.tensor([values.index(row[name]) if name in row else UNSAID for row in named])
         for name, values in ATTRIBUTES.items()
-    }
+    }  # fmt: skip
 
 
 class AttributeHeads(nn.Module):
     """Reads every attribute off one vector."""
 
-    def __init__(self, width: int, hidden: int = 0):
+    def __init__(self, width: int):
         super().__init__()
         self.sizes = [len(values) for values in ATTRIBUTES.values()]
-        out = nn.Linear(hidden or width, sum(self.sizes))
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), out) if hidden else out
+        self.net = nn.Linear(width, sum(self.sizes))
 
     def forward(self, x_BD: Tensor) -> dict[str, Tensor]:
         return dict(zip(ATTRIBUTES, self.net(x_BD).split(self.sizes, -1), strict=True))
 
 
-def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    terms = [F.cross_entropy(logits[n], labels[n]) for n in ATTRIBUTES if (labels[n] != UNSAID).any()]
-    return torch.stack(terms).mean()
+def attribute_losses(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy (B,), averaged over the attributes, each over the rows that name it."""
+    terms = []
+    for name in ATTRIBUTES:
+        loss = F.cross_entropy(logits[name], labels[name], ignore_index=UNSAID, reduction="none")
+        terms.append(loss * len(loss) / (labels[name] != UNSAID).sum().clamp(min=1))
+    return torch.stack(terms).mean(0)
 
 
 def attribute_accuracy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
@@ -72,20 +69,19 @@ def attribute_accuracy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> 
     return {n: (logits[n].argmax(-1) == labels[n])[said[n]].float().mean().item() for n in ATTRIBUTES if said[n].any()}
 
 
-class Pretraining(L.LightningModule):
-    """A module trained from scratch with Muon and a cosine schedule on a bank of rendered pictures."""
+class Pretraining(StepModule):
+    """All parameters of `network`, with micro-batches whose first tensor is the pixels."""
 
-    def __init__(self, lr: float, steps: int, warmup: int = 50):
-        super().__init__()
-        self.lr, self.steps, self.warmup = lr, steps, warmup
+    def __init__(self, network: nn.Module, frozen: Sequence[str] = (), **settings):
+        named = {n: p for n, p in network.named_parameters() if not n.startswith(tuple(frozen))} if frozen else dict(network.named_parameters())
+        super().__init__(named, **settings)
+        self.network = network
 
-    def configure_optimizers(self):
-        optimizer = Muon([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("cosine", self.steps, self.warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def size(self, micro) -> int:
+        return len(micro[0])
 
 
-def face_weight(bank: RenderedBank, indices, size: int) -> Tensor:
+def face_weight(bank: RenderedBank, indices: Sequence[int], size: int) -> Tensor:
     """(B, 1, H, W): 3 on the head, 1 elsewhere."""
     y, x = torch.meshgrid(*(torch.linspace(0, 1, size),) * 2, indexing="ij")
     weights = []
@@ -98,61 +94,67 @@ def face_weight(bank: RenderedBank, indices, size: int) -> Tensor:
 
 
 class VaeModule(Pretraining):
-    """AutoencoderKL by face-weighted squared and absolute error and a light KL term."""
+    """AutoencoderKL by face-weighted squared and absolute error, and a light KL term."""
 
-    def __init__(self, lr: float = 2e-3, steps: int = 4000, kl: float = 2e-4):
-        super().__init__(lr, steps)
-        self.vae, self.kl = models.vae(), kl
+    def __init__(self, vae: nn.Module | None = None, kl: float = 2e-4, decoder_only: bool = False, **settings):
+        super().__init__(vae or models.vae(), ("encoder.", "quant_conv.") if decoder_only else (), **settings)
+        self.kl, self.decoder_only = kl, decoder_only
 
     @staticmethod
-    def batch(bank, indices, rng):
-        """Half-size crops: the network is convolutional, so four small steps teach more than a large one."""
+    def batch(bank: RenderedBank, indices: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Half-size crops: the network is convolutional, so four small pictures teach more than a large one."""
         pixels, weight = pixels_of(bank, indices), face_weight(bank, indices, bank.pixels.shape[1])
         size = bank.pixels.shape[1] // 2
         top, left = rng.choice(range(0, size + 1, 4)), rng.choice(range(0, size + 1, 4))
         return pixels[..., top : top + size, left : left + size], weight[..., top : top + size, left : left + size]
 
-    def training_step(self, batch, _):
-        pixels, weight = batch
-        posterior = self.vae.encode(pixels).latent_dist
-        out = self.vae.decode(posterior.sample()).sample
-        error = (weight * ((out - pixels).square() + 0.1 * (out - pixels).abs())).mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        self.log_dict({"error": error, "kl": kl}, prog_bar=True)
-        return error + self.kl * kl
+    def losses(self, micro, key: tuple) -> Tensor:
+        pixels, weight = micro
+        with torch.set_grad_enabled(not self.decoder_only):
+            posterior = self.network.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_generator(*key, "posterior"))
+        error = self.network.decode(latents).sample - pixels
+        losses = (weight * (error.square() + 0.1 * error.abs())).flatten(1).mean(1)
+        if self.decoder_only:
+            return losses
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
+        return losses + self.kl * kl.flatten(1).mean(1)
 
     @torch.no_grad()
-    def psnr(self, pixels: Tensor, weight: Tensor) -> float:
-        """Face-weighted PSNR of decode(mean of encode), in dB over the range [-1, 1]."""
-        out = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        return (10 * torch.log10(4 / ((weight * (out - pixels).square()).sum() / (3 * weight.sum())))).item()
+    def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
+        """PSNR in dB of decode(mean of encode) over whole pictures: plain, and with the face weighing three times."""
+        indices = range(count)
+        pixels, weight = pixels_of(bank, indices), face_weight(bank, indices, bank.pixels.shape[1])
+        out = torch.cat([self.network.decode(self.network.encode(p).latent_dist.mean).sample for p in pixels.split(32)]).clamp(-1, 1)
+
+        def psnr(w: Tensor) -> float:
+            return (10 * torch.log10(4 / ((w * (out - pixels).square()).sum() / (3 * w.sum())))).item()
+
+        return {"psnr": psnr(torch.ones_like(weight)), "psnr_face_weighted": psnr(weight)}
+
+    @torch.no_grad()
+    def latent_std(self, bank: RenderedBank, count: int = 512) -> float:
+        return torch.cat([self.network.encode(p).latent_dist.mean for p in pixels_of(bank, range(count)).split(64)]).std().item()
 
 
-class ClipModule(Pretraining):
-    """CLIP by its contrastive loss, and both text encoders by reading attributes back from what captions name.
+class TextNetworks(nn.Module):
+    """CLIP, whose text tower is the base's second encoder, the first encoder, and the heads that teach them."""
 
-    The read-out acts on the vectors that the base model sees: each encoder's penultimate states (mean over the tokens)
-    and the pooled projection.
-    """
-
-    def __init__(self, lr: float = 2e-3, steps: int = 3000):
-        super().__init__(lr, steps)
+    def __init__(self):
+        super().__init__()
         self.tokens = models.tokenizer()
         self.clip, self.text_encoder = models.clip(self.tokens), models.text_encoder(self.tokens)
-        self.heads = nn.ModuleDict(
-            {"pooled": AttributeHeads(128), "penultimate_2": AttributeHeads(128), "penultimate_1": AttributeHeads(64), "image": AttributeHeads(128)}
-        )
-
-    def batch(self, bank, indices, rng):
-        captions, named = zip(*(bank.caption(i, rng) for i in indices), strict=True)
-        ids = self.tokens(list(captions), padding="longest", max_length=models.NAME_LENGTH, truncation=True, return_tensors="pt").input_ids
-        return pixels_of(bank, indices), ids, labels_of(named), labels_of([visible_attributes(*bank.scene(i)) for i in indices])
+        widths = {"pooled": 128, "penultimate_2": 128, "penultimate_1": 64, "image": 128}
+        self.heads = nn.ModuleDict({name: AttributeHeads(width) for name, width in widths.items()})
 
     def read(self, ids: Tensor) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
         """The projected text vector and every head's reading of the text."""
         length = (ids == self.tokens.eos_token_id).int().argmax(-1)
-        mask = (torch.arange(ids.shape[1]) <= length[:, None])[..., None].float()
-        mean = lambda states: (states * mask).sum(1) / mask.sum(1)  # noqa: E731
+        mask = (torch.arange(ids.shape[1], device=ids.device) <= length[:, None])[..., None].float()
+
+        def mean(states: Tensor) -> Tensor:
+            return (states * mask).sum(1) / mask.sum(1)
+
         two = self.clip.text_model(ids, output_hidden_states=True)
         pooled = self.clip.text_projection(two.pooler_output)
         one = self.text_encoder(ids, output_hidden_states=True)
@@ -162,49 +164,121 @@ class ClipModule(Pretraining):
     def see(self, pixels: Tensor) -> Tensor:
         return self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
 
-    def training_step(self, batch, _):
-        pixels, ids, said, shown = batch
-        text, readings = self.read(ids)
-        image = self.see(pixels)
-        scores = self.clip.logit_scale.exp().clamp(max=60) * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
-        same = torch.arange(len(scores))
-        contrast = (F.cross_entropy(scores, same) + F.cross_entropy(scores.T, same)) / 2
-        text_loss = sum(attribute_loss(r, said) for r in readings.values())
-        image_loss = attribute_loss(self.heads["image"](image), shown)
-        self.log_dict({"contrast": contrast, "text": text_loss, "image": image_loss}, prog_bar=True)
-        return contrast + text_loss + 2 * image_loss
+
+class TextModule(Pretraining):
+    """CLIP by its contrastive loss (Radford et al. 2021), and both text encoders by reading attributes back from what captions name.
+
+    The read-out acts on the vectors that the base model sees: each encoder's penultimate states, averaged over the tokens, and the
+    pooled projection.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(TextNetworks(), **settings)
+
+    def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random):
+        captions, named = zip(*(bank.caption(i, rng) for i in indices), strict=True)
+        tokens = self.network.tokens(list(captions), padding="longest", max_length=models.LENGTH, truncation=True, return_tensors="pt")
+        shown = [visible_attributes(*bank.scene(i)) for i in indices]
+        return pixels_of(bank, indices), tokens.input_ids, labels_of(named), labels_of(shown)
+
+    def losses(self, micro, key: tuple) -> Tensor:
+        pixels, ids, said, shown = micro
+        text, readings = self.network.read(ids)
+        image = self.network.see(pixels)
+        scale = self.network.clip.logit_scale.exp().clamp(max=60)
+        scores = scale * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
+        same = torch.arange(len(scores), device=scores.device)
+        losses = (F.cross_entropy(scores, same, reduction="none") + F.cross_entropy(scores.T, same, reduction="none")) / 2
+        for reading in readings.values():
+            losses = losses + attribute_losses(reading, said)
+        return losses + 2 * attribute_losses(self.network.heads["image"](image), shown)
+
+    @torch.no_grad()
+    def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
+        """Of each head the mean accuracy over the attributes, and how often a caption finds its picture among `count`."""
+        pixels, ids, said, shown = self.batch(bank, range(count), random.Random("measure"))
+        text, readings = self.network.read(ids)
+        image = self.network.see(pixels)
+        best = (F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T).argmax(1)
+        found = {"caption_finds_picture": (best == torch.arange(count)).float().mean().item()}
+        readings = {name: (reading, said) for name, reading in readings.items()} | {"image": (self.network.heads["image"](image), shown)}
+        for name, (reading, labels) in readings.items():
+            accuracy = attribute_accuracy(reading, labels)
+            found[f"{name}_attributes"] = sum(accuracy.values()) / len(accuracy)
+        return found
 
 
 class JudgeModule(Pretraining):
-    """The judge by supervised contrast (Khosla et al. 2020) among look-alikes, and cross-entropy on shown attributes.
+    """The judge by supervised contrast (Khosla et al. 2020) among look-alikes, and cross-entropy on what pictures show."""
 
-    A batch holds `group` pictures of each of its characters, and every character's look-alike.
-    """
+    group = 4  # pictures of each character in a batch
+    temperature = 0.08
 
-    group = 4
-
-    def __init__(self, lr: float = 1e-3, steps: int = 4000, temperature: float = 0.08):
-        super().__init__(lr, steps)
-        self.judge, self.temperature = Judge(), temperature
+    def __init__(self, **settings):
+        super().__init__(Judge(), **settings)
 
     @classmethod
-    def batch(cls, bank, indices, rng):
-        """`indices` are taken as seeds of pairs of characters: a character and its look-alike, `group` pictures each."""
+    def batch(cls, bank: RenderedBank, indices: Sequence[int], rng: random.Random):
+        """As many pictures as `indices`, of pairs of characters that look alike, `group` of each, with colours and noise jittered."""
         v = bank.variants
         pairs = rng.sample(range(len(bank) // (2 * v)), len(indices) // (2 * cls.group))
         chosen = [(2 * pair + twin) * v + k for pair in pairs for twin in (0, 1) for k in rng.sample(range(v), cls.group)]
         pixels = pixels_of(bank, chosen)
         gain = torch.tensor([[rng.uniform(0.9, 1.1) for _ in range(3)] for _ in chosen])[:, :, None, None]
-        pixels = pixels * gain + 0.04 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
-        shown = [visible_attributes(*bank.scene(i)) for i in chosen]
-        return pixels, torch.tensor([i // v for i in chosen]), labels_of(shown)
+        pixels = pixels * gain + 0.04 * torch.randn(pixels.shape, generator=torch_generator(rng.random()))
+        return pixels, torch.tensor([i // v for i in chosen]), labels_of([visible_attributes(*bank.scene(i)) for i in chosen])
 
-    def training_step(self, batch, _):
-        pixels, who, shown = batch
-        embedding, logits = self.judge(pixels)
-        scores = (embedding @ embedding.T / self.temperature).fill_diagonal_(-1e9)
-        same = (who[:, None] == who).float().fill_diagonal_(0)
-        contrast = -(F.log_softmax(scores, dim=-1) * same).sum(1).div(same.sum(1)).mean()
-        attributes = attribute_loss(logits, shown)
-        self.log_dict({"contrast": contrast, "attributes": attributes}, prog_bar=True)
-        return contrast + 2 * attributes
+    def losses(self, micro, key: tuple) -> Tensor:
+        pixels, who, shown = micro
+        embedding, logits = self.network(pixels)
+        itself = torch.eye(len(who), dtype=torch.bool, device=who.device)
+        scores = (embedding @ embedding.T / self.temperature).masked_fill(itself, -1e9)
+        same = ((who[:, None] == who) & ~itself).float()
+        contrast = -(F.log_softmax(scores, dim=-1) * same).sum(1) / same.sum(1)
+        return contrast + 2 * attribute_losses(logits, shown)
+
+    @torch.no_grad()
+    def measure(self, bank: RenderedBank, characters: int = 100, gallery: int = 4) -> dict[str, float]:
+        """Rank-1 among `characters`, every second a look-alike of the one before, from `gallery` pictures each; attribute accuracy."""
+        v = bank.variants
+        indices = range(characters * v)
+        readings = [self.network(p) for p in pixels_of(bank, indices).split(200)]
+        embedding = torch.cat([e for e, _ in readings]).view(characters, v, -1)
+        known = F.normalize(embedding[:, :gallery].mean(1), dim=-1)
+        scores = embedding[:, gallery:].flatten(0, 1) @ known.T
+        who = torch.arange(characters).repeat_interleave(v - gallery)
+        logits = {name: torch.cat([found[name] for _, found in readings]) for name in ATTRIBUTES}
+        accuracy = attribute_accuracy(logits, labels_of([visible_attributes(*bank.scene(i)) for i in indices]))
+        measures = {"rank_1": (scores.argmax(1) == who).float().mean().item(), "attributes": sum(accuracy.values()) / len(accuracy)}
+        return measures | {f"attributes/{name}": value for name, value in accuracy.items()}
+
+
+class BaseModule(DenoiserModule):
+    """The whole denoiser, on a bank's latents and fresh captions; both encoders are frozen.
+
+    One picture in eight carries an invented name, one in ten no caption at all.
+    """
+
+    dropout = 0.1
+
+    def __init__(self, family: Family, parts: Components, latents: np.ndarray, **settings):
+        super().__init__(family, parts.denoiser, family.process(parts), trainable=dict(parts.denoiser.named_parameters()), **settings)
+        self.parts, self.latents = parts, latents
+
+    def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random) -> Batch:
+        captions = ["" if rng.random() < self.dropout else bank.caption(i, rng)[0] for i in indices]
+        posterior = torch.from_numpy(np.stack([self.latents[i] for i in indices])).float()
+        side = bank.pixels.shape[1]
+        return Batch(posterior[:, 0], posterior[:, 1], self.family.encode_text(self.parts, captions), Crop.whole(len(indices), side, side))
+
+
+def encode_bank(family: Family, parts: Components, bank: RenderedBank, path: Path, batch_size: int = 250) -> np.ndarray:
+    """Posterior means and standard deviations of a whole bank, float16 (N, 2, C, h, w), kept in `path` and memory-mapped."""
+    if not path.exists():
+        rows = []
+        for start in track(range(0, len(bank), batch_size), "encoding pictures", console=Console(stderr=True)):
+            mean, std = family.encode_pixels(parts, pixels_of(bank, range(start, min(start + batch_size, len(bank)))))
+            rows.append(torch.stack([mean, std], 1).half().numpy())
+        with replace_atomic(path) as temporary:
+            np.save(temporary, np.concatenate(rows))
+    return np.load(path, mmap_mode="r")

@@ -69,8 +69,7 @@ def trial(module: DenoiserModule, steps: int) -> tuple[str, float]:
     device = next(iter(module.trainable.values())).device
     started = time.perf_counter()
     for micro in batch:
-        losses = module.objective.losses(module.family, module.denoiser, module.process, micro.to(device), "trial")
-        losses.mean().backward()
+        module.losses(micro.to(device), ("trial",)).mean().backward()
     for parameter in module.trainable.values():
         parameter.grad = None
     seconds = time.perf_counter() - started

@@ -57,6 +57,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg = resumed(Path(cfg.resume))
     settings = check(cfg)
     run_dir, going_on = choose_run_dir(cfg)
+    if "pretrain" in cfg:
+        from charforgex.training.pretraining import run_pretraining
+
+        return run_pretraining(cfg, settings, run_dir, going_on)
     from charforgex.training.character import train_character
 
     return train_character(cfg, settings, run_dir, going_on)

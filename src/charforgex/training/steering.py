@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from charforgex.training.checkpoints import folder_name, prune
-from charforgex.training.module import DenoiserModule
+from charforgex.training.module import StepModule
 
 QUIET_SECONDS = 15  # between lines where there is no terminal to draw a bar on
 
@@ -83,7 +83,7 @@ class Steering(L.Callback):
         self.checkpoint_every, self.measure_every = checkpoint_every, measure_every
         self.measure, self.keep_always, self.progress = measure, keep_always, progress
 
-    def on_train_start(self, trainer: L.Trainer, module: DenoiserModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: StepModule) -> None:
         self.asked.listen()  # only now: Lightning has set its own handlers before
 
     def on_fit_end(self, trainer, module) -> None:
@@ -92,7 +92,7 @@ class Steering(L.Callback):
     def on_exception(self, trainer, module, exception) -> None:
         self.asked.restore()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: DenoiserModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: StepModule, outputs, batch, batch_idx) -> None:
         step, last = module.step, module.step >= self.steps
         numbers = module.numbers
         for logger in trainer.loggers:
@@ -110,7 +110,7 @@ class Steering(L.Callback):
         if stop:
             trainer.should_stop = True
 
-    def save(self, trainer: L.Trainer, module: DenoiserModule) -> None:
+    def save(self, trainer: L.Trainer, module: StepModule) -> None:
         module.check_finite()
         for logger in trainer.loggers:
             logger.save()

@@ -6,16 +6,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 BASE = ROOT / "sdxl"
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": False, "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}  # fmt: skip
 
 
-def load_judge():
+def load_judge(root: Path = ROOT):
     """The frozen `Judge`, float32."""
     from safetensors.torch import load_file
 
     from charforgex.charworld.judge import Judge
 
     judge = Judge()
-    weights = {name: tensor.float() for name, tensor in load_file(ROOT / "judge/model.safetensors").items()}
+    weights = {name: tensor.float() for name, tensor in load_file(root / "judge/model.safetensors").items()}
     counters = {name: t for name, t in judge.state_dict().items() if name.endswith("num_batches_tracked")}  # of no use in eval mode
     judge.load_state_dict(weights | counters)
     return judge.eval().requires_grad_(False)
