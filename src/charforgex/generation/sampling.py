@@ -69,7 +69,8 @@ def sample_latents(
     denoiser = parts.denoiser
     stride = family.latent_stride(parts)
     noise = initial_noise(seeds, (denoiser.config.in_channels, size[0] // stride, size[1] // stride))
-    pipeline = family.pipeline(parts)
+    with _without_remarks():
+        pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
     starts = range(0, len(seeds), batch_size)
     total, done, out = steps * len(starts), 0, []
@@ -109,6 +110,19 @@ def _conditions(text: Text, like: Tensor, prefix: str = "") -> dict[str, Tensor]
 
 def _rows(text: Text, rows: slice, count: int) -> Text:
     return text[[0] * count] if len(text) == 1 else text[rows]
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Importing a pipeline makes transformers advise image packages for parts that no picture here needs."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""The schema of generate.yaml: what each setting may be. No torch here, so that a bad config stops in a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from charforgex.config import Range
+from charforgex.errors import ConfigError
+from charforgex.generation.schedulers import DEFAULT, check_scheduler_name
+
+Positive = Annotated[int, Range(at_least=1)]
+Scale = Annotated[float, Range(at_least=-10, at_most=10)]
+
+
+@dataclass(frozen=True)
+class LoggerSettings:
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "charforgex"
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """A choice of conf/family. `dtype` and `recipe` are numbers for training."""
+
+    name: str
+    source: str
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ConfigError for values that contradict each other or would have no effect."""
+
+    lora: str | list[str] | None = None
+    scale: Scale | list[Scale] | None = None
+    scales: list[Scale | list[Scale]] | None = None
+    trigger: str | None = None
+    base: str | None = None
+    family: FamilySettings | None = None
+    tokenizer: str | None = None
+    prompt: str | list[str] | None = None
+    prompt_file: Path | None = None
+    wildcard_dir: Path | None = None
+    seed: int = 0
+    count: Positive = 4
+    seeds: list[int] | None = None
+    steps: Positive = 20
+    guidance: Annotated[float, Range(at_least=0, at_most=50)] = 3.0
+    guidance_rescale: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
+    scheduler: str = DEFAULT
+    negative: str = ""
+    batch_size: Positive = 8
+    width: Positive | None = None
+    height: Positive | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    out: Path | None = None
+    overwrite: bool = False
+    sheet: bool = True
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+
+    def __post_init__(self):
+        check_scheduler_name(self.scheduler)
+        if self.guidance <= 1:
+            for name in ("negative", "guidance_rescale"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect with guidance={self.guidance:g}; guidance must be above 1."
+                    )
+        if self.seeds is not None and not self.seeds:
+            raise ConfigError("seeds=[] is an empty list; name seeds, or leave it out and say count=4.")
+        if self.wildcard_dir is not None and not self.wildcard_dir.is_dir():
+            raise ConfigError(f"wildcard_dir={self.wildcard_dir} is not a folder.")
+        if not self.lora:
+            for name in ("scale", "scales"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} has no effect without a LoRA; say lora=<file.safetensors>.")
+        self.combinations()
+
+    def lora_paths(self) -> list[Path]:
+        paths = [self.lora] if isinstance(self.lora, str) else self.lora or []
+        return [Path(path).expanduser() for path in paths]
+
+    def combinations(self) -> list[tuple[float, ...]]:
+        """Every set of strengths to make pictures with, one strength for each LoRA. Raises ConfigError."""
+        if self.scale is not None and self.scales is not None:
+            raise ConfigError("scale and scales are both given; keep scale for one strength, scales to compare several.")
+        if self.scales is not None and not self.scales:
+            raise ConfigError("scales=[] is an empty list; name strengths such as scales=[0,0.5,1].")
+        number = len(self.lora_paths())
+        wanted = [1.0 if self.scale is None else self.scale] if self.scales is None else self.scales
+        found = []
+        for strengths in wanted:
+            strengths = strengths if isinstance(strengths, list) else [strengths] * number
+            if len(strengths) != number:
+                name = "scale" if self.scales is None else "scales"
+                raise ConfigError(
+                    f"{name}={strengths} has {len(strengths)} strengths for {number} LoRAs; give one for each, or a single number."
+                )
+            found.append(tuple(strengths))
+        return list(dict.fromkeys(found))
+
+    def all_seeds(self) -> list[int]:
+        return list(dict.fromkeys(self.seeds)) if self.seeds is not None else list(range(self.seed, self.seed + self.count))

@@ -1,0 +1,139 @@
+"""Which base model and LoRAs make the pictures, and whether they belong together: known from their headers and configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.families.registry import FAMILIES, get
+
+if TYPE_CHECKING:
+    from charforgex.families.base import Family
+    from charforgex.generation.settings import Settings
+    from charforgex.lora.state import Lora
+    from charforgex.types import Components
+
+DEFAULT_FAMILY, DEFAULT_BASE = "sdxl", "charworld"  # without a LoRA that says otherwise
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA file that was read; every key of it has its place in the base."""
+
+    path: Path
+    name: str
+    trigger: str | None
+    lora: Lora
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`bare` is the base without weights: its scheduler and the facts about its sizes."""
+
+    family: Family
+    base: str
+    bare: Components
+    adapters: list[Adapter]
+    warnings: list[str]
+
+
+def read_stack(settings: Settings) -> Stack:
+    """Reads every header and every LoRA, and loads no base model. Raises LoraError, ModelError or ConfigError."""
+    from charforgex.families.loading import denoiser_config
+    from charforgex.lora.formats import read, read_metadata
+
+    paths = settings.lora_paths()
+    metadata = {path: read_metadata(path) for path in paths}
+    if len(metadata) < len(paths):
+        raise LoraError(f"lora={list(map(str, paths))} names a file twice; name it once with the sum of its strengths.")
+    family = get(_family_name(settings, metadata))
+    base, said_by = _base(settings, metadata)
+    try:
+        bare = family.load(base, only=())
+        config = denoiser_config(family, base)
+    except ModelError as error:
+        if said_by is None:
+            raise
+        raise ModelError(f"{said_by} was trained on {base}, which is not to be had here: {error} Say base=<where it is>.") from error
+    adapters = []
+    for name, path in _names(paths).items():
+        lora = read(path, family, config)
+        lora.check()
+        adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora))
+    return Stack(family, base, bare, adapters, _warnings(family, bare, metadata))
+
+
+def trigger_of(metadata: Mapping[str, str]) -> str | None:
+    return metadata.get("charforgex.trigger") or metadata.get("modelspec.trigger_phrase") or None
+
+
+def family_of(metadata: Mapping[str, str]) -> str | None:
+    """The family that a LoRA's metadata names, in our words or in those of other tools."""
+    if "charforgex.family" in metadata:
+        return metadata["charforgex.family"]
+    for name in FAMILIES:
+        if any(metadata.get(key) == value for key, value in get(name).lora_labels.items() if key != "modelspec.implementation"):
+            return name
+    return None
+
+
+def _family_name(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> str:
+    said = {path: family_of(header) for path, header in metadata.items()}
+    known = {path: name for path, name in said.items() if name is not None}
+    if settings.family is not None:
+        for path, name in known.items():
+            if name != settings.family.name:
+                raise LoraError(f"{path} is for {name} and not for {settings.family.name}; leave family out, or choose another LoRA.")
+        return settings.family.name
+    if len(set(known.values())) > 1:
+        raise LoraError(f"the LoRAs are for different families: {', '.join(f'{path} for {name}' for path, name in known.items())}.")
+    if known:
+        return next(iter(known.values()))
+    if metadata:
+        raise ConfigError(f"{next(iter(metadata))} does not say which family it is for; say family=<one of {', '.join(FAMILIES)}>.")
+    return DEFAULT_FAMILY
+
+
+def _base(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> tuple[str, Path | None]:
+    """The base's address, and the LoRA that named it."""
+    if settings.base is not None:
+        return settings.base, None
+    if settings.family is not None:
+        return settings.family.source, None
+    said = {header["charforgex.base"]: path for path, header in metadata.items() if header.get("charforgex.base")}
+    if len(said) > 1:
+        raise ConfigError(f"the LoRAs were trained on different bases, {' and '.join(said)}; say base=<one of them>.")
+    if said:
+        return next(iter(said.items()))
+    if metadata:
+        raise ConfigError(
+            f"{next(iter(metadata))} does not say which base model it was trained on; say base=<folder, hub id or .safetensors>."
+        )
+    return DEFAULT_BASE, None
+
+
+def _names(paths: list[Path]) -> dict[str, Path]:
+    """Each LoRA's name: its file's, with a number where two files have the same."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names[name] = path
+    return names
+
+
+def _warnings(family: Family, bare: Components, metadata: Mapping[Path, Mapping[str, str]]) -> list[str]:
+    wanted = {"epsilon": "epsilon", "v": "v_prediction"}
+    predicts = getattr(family.process(bare), "prediction", None)
+    found = []
+    for path, header in metadata.items():
+        said = wanted.get(header.get("modelspec.prediction_type", ""))
+        if said is not None and predicts is not None and said != predicts:
+            found.append(
+                f"{path.name} was trained on a base that predicts {said}, and {bare.source} predicts {predicts}; expect poor pictures."
+            )
+    return found

@@ -1,0 +1,257 @@
+"""run.py end to end on a tiny base in a diffusers folder: pictures, grids, LoRA strengths, and what is refused before weights load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import charforgex
+from charforgex import cli
+from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.families.sdxl import Sdxl
+from charforgex.generation.metadata import read_recipe
+from charforgex.generation.report import _layout
+from charforgex.generation.settings import Settings
+from charforgex.lora import formats, metadata
+from charforgex.lora.state import Lora, LoraLayer
+
+FAMILY = Sdxl()
+QUICK = {"steps": 2, "width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny-base"
+    FAMILY.pipeline(FAMILY.tiny()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weightless(base, tmp_path_factory):
+    """The base without its weights: whoever tries to load them fails, so other errors came first."""
+    folder = tmp_path_factory.mktemp("weightless") / "tiny-base"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def lora_file(path, base, trigger="zqx", seed=0, **headers):
+    unet = FAMILY.tiny().denoiser
+    draw = torch.Generator().manual_seed(seed)
+    layers = {
+        f"unet.{name}": LoraLayer(
+            torch.randn(2, module.in_features, generator=draw), torch.randn(module.out_features, 2, generator=draw), alpha=2.0
+        )
+        for name, module in unet.named_modules()
+        if name.endswith(("to_q", "to_v"))
+    }
+    lora = Lora(layers)
+    header = metadata.build(lora, FAMILY, title=path.stem, base=str(base), trigger=trigger) | headers
+    header = {key: value for key, value in header.items() if value is not None}
+    return formats.write(lora, path, "kohya", FAMILY, unet.config, torch.float32, header)
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory):
+    return lora_file(tmp_path_factory.mktemp("lora") / "zqx.safetensors", base)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_prompts_by_seeds_by_strengths(base, lora, tmp_path):
+    """Base and family come from the LoRA. At strength 0 the pictures are the base's own, bit for bit."""
+    prompts = ["a portrait of {trigger}, {red|blue} hat", "a cat"]
+    run = charforgex.generate(lora=lora, prompt=prompts, scales=[0, 1], seeds=[5, 9], out=tmp_path / "grid", **QUICK)
+    made = [(p["template"], p["seed"], p["scales"]["zqx"]) for p in run["pictures"]]
+    assert made == [(prompt, seed, scale) for prompt in prompts for seed in (5, 9) for scale in (0.0, 1.0)]
+    assert run["pictures"][0]["prompt"] in ("a portrait of zqx, red hat", "a portrait of zqx, blue hat")
+    assert (run["family"], run["base"]) == ("sdxl", str(base))
+    assert run == json.loads((tmp_path / "grid" / "result.json").read_text())
+    assert {path.name for path in (tmp_path / "grid").glob("*")} >= {"sheet.png", "config.yaml", "provenance.json", "result.json"}
+
+    said = [pictures["prompt"] for pictures in run["pictures"][::2]]
+    plain = charforgex.generate(base=base, prompt=said[2], seeds=[5, 9], out=tmp_path / "plain", sheet=False, **QUICK)
+    assert plain["sheets"] == [] and plain["loras"] == []
+    off, on, own = (
+        [p["file"] for p in run["pictures"][4::2]], [p["file"] for p in run["pictures"][5::2]], [p["file"] for p in plain["pictures"]],
+    )  # fmt: skip
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(off, own, strict=True))
+    assert all(np.abs(pixels(a).astype(int) - pixels(b)).max() > 1 for a, b in zip(on, own, strict=True))
+
+    recipe = read_recipe(run["pictures"][1]["file"])
+    assert (recipe.prompt, recipe.seed, recipe.scheduler_class) == (run["pictures"][1]["prompt"], 5, "EulerDiscreteScheduler")
+    assert [(use.name, use.scale) for use in recipe.loras] == [("zqx", 1.0)]
+    assert recipe.loras[0].autov3 == metadata.hashes(lora)["autov3"]
+    assert recipe.base == "tiny-base" and len(recipe.base_sha256) == 64
+
+
+def test_same_settings_same_bytes(base, tmp_path):
+    settings = {"base": base, "prompt": "a cat", "seed": 3, "count": 3, "sheet": False, "scheduler": "euler_a", **QUICK}
+    one, two = (charforgex.generate(**settings, out=tmp_path / name)["pictures"] for name in ("one", "two"))
+    with_sizes = charforgex.generate(**settings | {"batch_size": 1}, out=tmp_path / "three")["pictures"]
+    for a, b, c in zip(one, two, with_sizes, strict=True):
+        assert open(a["file"], "rb").read() == open(b["file"], "rb").read()
+        assert np.abs(pixels(a["file"]).astype(int) - pixels(c["file"])).max() <= 1  # rounding
+
+
+def test_two_loras_add_up(base, lora, tmp_path):
+    other = lora_file(tmp_path / "other" / "zqx.safetensors", base, trigger="abc", seed=1)
+    run = charforgex.generate(lora=[lora, other], scale=[0.5, 0], prompt="{trigger}", count=1, out=tmp_path / "two", **QUICK)
+    alone = charforgex.generate(lora=lora, scale=0.5, prompt="zqx, abc", count=1, out=tmp_path / "one", **QUICK)
+    assert run["pictures"][0]["prompt"] == "zqx, abc"
+    assert run["pictures"][0]["scales"] == {"zqx": 0.5, "zqx-2": 0.0}
+    assert np.array_equal(pixels(run["pictures"][0]["file"]), pixels(alone["pictures"][0]["file"]))
+    both = charforgex.generate(lora=[lora, other], scale=0.5, prompt="{trigger}", count=1, out=tmp_path / "both", **QUICK)
+    assert not np.array_equal(pixels(both["pictures"][0]["file"]), pixels(alone["pictures"][0]["file"]))
+
+
+def test_long_prompts_are_reported(base, tmp_path):
+    run = charforgex.generate(base=base, prompt="a cat " * 60, count=1, out=tmp_path / "x", sheet=False, **QUICK)
+    assert run["truncated"][0]["tokens_cut"] == 2 * 60 - 75
+    assert run["truncated"][0]["seen"].split() == ["a", "cat"] * 37 + ["a"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, ConfigError, "no prompt is given"),
+        ({"prompt": "a", "steps": 0}, ConfigError, "steps=0 is out of range"),
+        ({"prompt": "a", "steps": 2000}, ConfigError, "steps=2000 is out of range; this checkpoint takes 1 to 1000"),
+        ({"prompt": "a", "guidance": -1}, ConfigError, "guidance=-1"),
+        ({"prompt": "a", "guidance": 1, "negative": "dark"}, ConfigError, "negative=dark has no effect with guidance=1"),
+        ({"prompt": "a", "scheduler": "eular"}, ConfigError, "did you mean euler"),
+        ({"prompt": "a", "width": 100}, ConfigError, "width=100: 100 is not a multiple of 16, which this base needs; try 96 or 112"),
+        ({"prompt": "a {trigger}"}, ConfigError, "no LoRA here carries a trigger word"),
+        ({"prompt": "a", "trigger": "zqx"}, ConfigError, "trigger=zqx has no effect"),
+        ({"prompt": "a <lora:b:1>"}, ConfigError, "load it with lora="),
+        ({"prompt": "a", "scale": 0.5}, ConfigError, "scale has no effect without a LoRA"),
+        ({"prompt": "a", "seeds": []}, ConfigError, "seeds=\\[\\] is an empty list"),
+        ({"prompt": "a", "device": "cuda:99"}, ConfigError, "device=cuda:99 is not on this machine"),
+        ({"prompt": "a", "lora": "nowhere.safetensors"}, LoraError, "There is no LoRA file nowhere.safetensors"),
+        ({"prompt": "a", "base": "no/such/base"}, ModelError, "does not exist"),
+        ({"prompt": "a", "overwrite": True, "out": None}, ConfigError, "overwrite=true has no effect"),
+        ({"prompt": "a", "promt": "b"}, ConfigError, "did you mean prompt"),
+        ({"prompt": "a", "wildcard_dir": "nowhere"}, ConfigError, "wildcard_dir=nowhere is not a folder"),
+    ],
+)
+def test_refused_before_weights_load(weightless, tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        charforgex.generate(**{"base": weightless, "out": tmp_path / "out"} | settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_loras_are_checked_before_weights_load(weightless, tmp_path):
+    ask = {"prompt": "a", "out": tmp_path / "out"}
+    (tmp_path / "broken.safetensors").write_bytes(b"no safetensors file")
+    with pytest.raises(LoraError, match=r"broken.safetensors is damaged"):
+        charforgex.generate(lora=tmp_path / "broken.safetensors", base=weightless, **ask)
+
+    good = lora_file(tmp_path / "good.safetensors", weightless)
+    with pytest.raises(ConfigError, match=r"scale=\[1.0, 2.0\] has 2 strengths for 1 LoRAs"):
+        charforgex.generate(lora=good, scale=[1, 2], **ask)
+    with pytest.raises(LoraError, match="names a file twice"):
+        charforgex.generate(lora=[good, good], **ask)
+
+    moved = lora_file(tmp_path / "moved.safetensors", tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"moved.safetensors was trained on .*elsewhere, which is not to be had here: .* Say base="):
+        charforgex.generate(lora=moved, **ask)
+
+    silent = lora_file(tmp_path / "silent.safetensors", weightless, **{"charforgex.base": None})
+    with pytest.raises(ConfigError, match="does not say which base model it was trained on; say base="):
+        charforgex.generate(lora=silent, **ask)
+
+    other = lora_file(tmp_path / "other.safetensors", weightless, **{"charforgex.family": "flux"})
+    with pytest.raises(ConfigError, match="family=flux is unknown"):
+        charforgex.generate(lora=other, **ask)
+    with pytest.raises(LoraError, match="other.safetensors is for flux and not for sdxl"):
+        charforgex.generate(lora=other, family="sdxl", base=weightless, **ask)
+
+    tensors = load_file(good)
+    save_file(
+        tensors | {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 4)}, tmp_path / "stray.safetensors", {"charforgex.family": "sdxl"}
+    )
+    with pytest.raises(LoraError, match=r"1 of \d+ keys belong to no module of this sdxl model: lora_unet_nowhere"):
+        charforgex.generate(lora=tmp_path / "stray.safetensors", base=weightless, **ask)
+
+    with pytest.raises(ModelError, match="holds no weights"):  # the check of the check: with all else right, weights are what is missing
+        charforgex.generate(lora=good, **ask)
+
+
+def test_foreign_loras_are_known_by_their_headers(base, tmp_path):
+    ours = dict.fromkeys(("charforgex.family", "charforgex.base", "charforgex.trigger"))
+    foreign = lora_file(tmp_path / "foreign.safetensors", base, trigger="abc", **ours)
+    run = charforgex.generate(lora=foreign, base=base, prompt="{trigger}", count=1, out=tmp_path / "out", **QUICK)
+    assert run["family"] == "sdxl" and run["pictures"][0]["prompt"] == "abc"
+
+
+def test_a_base_of_another_prediction_is_warned_of(base, tmp_path):
+    wrong = lora_file(tmp_path / "wrong.safetensors", base, **{"modelspec.prediction_type": "v"})
+    run = charforgex.generate(lora=wrong, prompt="a", count=1, out=tmp_path / "out", **QUICK)
+    assert run["warnings"][0].startswith("wrong.safetensors was trained on a base that predicts v_prediction")
+
+
+def test_earlier_pictures_are_not_overwritten(weightless, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds the pictures of an earlier run; choose another folder, or say overwrite=true"):
+        charforgex.generate(base=weightless, prompt="a", out=tmp_path)
+
+
+def test_combinations_of_strengths():
+    assert Settings().combinations() == [()]
+    assert Settings(lora=["a", "b"]).combinations() == [(1.0, 1.0)]
+    assert Settings(lora=["a", "b"], scale=[0.5, 0.2]).combinations() == [(0.5, 0.2)]
+    assert Settings(lora=["a", "b"], scales=[0, [1, 0.5], 0]).combinations() == [(0, 0), (1, 0.5)]
+    with pytest.raises(ConfigError, match="scale and scales are both given"):
+        Settings(lora="a", scale=1, scales=[1])
+
+
+def test_sheets_hold_at_most_eight_columns():
+    def pictures(seeds, scales):
+        return [
+            {"file": f"{prompt}{seed}{scale}", "prompt": prompt, "template": prompt, "seed": seed, "scales": {"x": scale}}
+            for prompt in "ab"
+            for seed in seeds
+            for scale in scales
+        ]
+
+    columns, rows = _layout(pictures(range(3), [1.0]))
+    assert columns == ["seed 0", "seed 1", "seed 2"]
+    assert rows == [("a", ["a01.0", "a11.0", "a21.0"]), ("b", ["b01.0", "b11.0", "b21.0"])]
+    columns, rows = _layout(pictures(range(11), [1.0]))
+    assert columns == [] and [len(files) for _, files in rows] == [8] * 4
+    assert rows[1][0] == "a\nseeds 8 to 10" and rows[1][1][2:] == ["a101.0", *[None] * 5]
+    columns, rows = _layout(pictures([4], [0.0, 0.5]))
+    assert columns == ["x 0", "x 0.5"] and rows[0] == ("a\nseed 4", ["a40.0", "a40.5"])
+
+
+def test_the_command_line_takes_prompts_as_they_are_typed(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"base={base}", "prompt=a cat, {red|blue} hat = fine (really)", "count=1", *(f"{k}={v}" for k, v in QUICK.items())]
+    with pytest.raises(SystemExit) as done:
+        cli.run("generate", arguments)
+    assert done.value.code == 0
+    (picture,) = tmp_path.glob("generated/*/001_*.png")
+    assert read_recipe(picture).template == "a cat, {red|blue} hat = fine (really)"
+
+
+def test_errors_end_in_one_line_and_code_2(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.run("generate", ["prompt=a, b", "steps=0"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err.strip() == "ConfigError: steps=0 is out of range; it must be at least 1"
+
+
+def test_wandb_offline_and_tensorboard(base, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "out"
+    logger = {"logger": "wandb", "logger.offline": True}
+    charforgex.generate(base=base, prompt="a cat", count=1, out=out, **QUICK, **logger)
+    assert list(out.glob("wandb/offline-run-*/*.wandb")) and list(out.glob("tensorboard/events.*"))
