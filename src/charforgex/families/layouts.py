@@ -86,7 +86,7 @@ def _by_diffusers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
     try:
         guess = infer_diffusers_model_type({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
-    except IndexError:  # a key that it knows, with fewer dimensions than it looks at
+    except (IndexError, KeyError):  # it takes for granted what comes with a key that it knows
         return None
     return None if guess == "v1" else FAMILY_OF.get(guess, f"a checkpoint that diffusers calls {guess}")
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from charforgex.families.base import Family
 
 TINY = "tiny"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 UNACCOUNTED = {
     "missing_keys": "lacks the weights",
     "unexpected_keys": "has no place for the weights",
@@ -117,6 +118,8 @@ def _scheduler(config: dict[str, Any], where: Path):
 
 
 def _tokenizer(family: Family, folder: Path, name: str):
+    if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty one
+        raise ModelError(f"{folder} holds no vocabulary ({' or '.join(VOCABULARIES)}); the download or copy is incomplete.")
     try:
         return component_class(family, name).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

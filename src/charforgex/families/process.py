@@ -14,6 +14,8 @@ from torch import Tensor
 
 from charforgex.errors import ConfigError, ModelError
 
+STEPS = 1000  # of every denoising diffusion base: its networks know the indices 0 to 999
+
 
 def _like(factor_B: Tensor, x: Tensor) -> Tensor:
     return factor_B.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -64,7 +66,6 @@ class Ddpm(Process):
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     zero_snr: bool = False
-    steps: int = 1000
 
     weightings = ("none", "min_snr")
 
@@ -73,6 +74,8 @@ class Ddpm(Process):
             raise ConfigError(f"prediction_type={self.prediction} is not supported; epsilon and v_prediction are.")
         if self.zero_snr and self.prediction == "epsilon":
             raise ConfigError("A zero-terminal-SNR schedule needs v_prediction: at t = 1 the noise says nothing about the picture.")
+        if self.beta_schedule not in ("scaled_linear", "linear"):
+            raise ConfigError(f"beta_schedule={self.beta_schedule} is not supported; scaled_linear and linear are.")
 
     @classmethod
     def from_config(cls, config) -> Ddpm:
@@ -83,37 +86,36 @@ class Ddpm(Process):
             raise ModelError(f"{name} has no {', '.join(absent)}: it is not for a denoising diffusion model (DDPM).")
         if config.get("trained_betas") is not None:
             raise ModelError(f"{name} has trained_betas, which are not supported.")
+        if config["num_train_timesteps"] != STEPS:
+            raise ModelError(f"{name} has num_train_timesteps={config['num_train_timesteps']}; only {STEPS} are supported.")
         return cls(
             prediction=config["prediction_type"],
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
             beta_schedule=config["beta_schedule"],
             zero_snr=bool(config.get("rescale_betas_zero_snr", False)),
-            steps=config["num_train_timesteps"],
         )
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """Signal power at each index, float32 (steps,)."""
+        """Signal power at each index, float32 (STEPS,)."""
         if self.beta_schedule == "scaled_linear":
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float32) ** 2
-        elif self.beta_schedule == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float32)
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, STEPS, dtype=torch.float32) ** 2
         else:
-            raise ConfigError(f"beta_schedule={self.beta_schedule} is not supported; scaled_linear and linear are.")
+            betas = torch.linspace(self.beta_start, self.beta_end, STEPS, dtype=torch.float32)
         if self.zero_snr:  # Lin et al. 2023, algorithm 1
             root = (1 - betas).cumprod(0).sqrt()
             first, last = root[0].clone(), root[-1].clone()
-            root = (root - last) * first / (first - last)
+            root = (root - last) * (first / (first - last))
             power = root**2
             betas = 1 - torch.cat([power[:1], power[1:] / power[:-1]])
         return (1 - betas).cumprod(0)
 
     def index(self, t_B: Tensor) -> Tensor:
-        return (t_B.float() * (self.steps - 1)).round().long()
+        return (t_B.float() * (STEPS - 1)).round().long()
 
     def snap(self, t_B: Tensor) -> Tensor:
-        return self.index(t_B).float() / (self.steps - 1)
+        return self.index(t_B).float() / (STEPS - 1)
 
     def _signal_noise(self, t_B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         power = self.alphas_cumprod.to(t_B.device)[self.index(t_B)]

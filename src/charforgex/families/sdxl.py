@@ -70,8 +70,8 @@ class Sdxl(Family):
         two, pooled = clip_states(parts["text_encoder_2"], clip_ids(parts["tokenizer_2"], captions))
         tokens = torch.cat([one, two], dim=-1)
         if parts.config.get("force_zeros_for_empty_prompt", True):
-            said = torch.tensor([bool(caption.strip()) for caption in captions], device=tokens.device)
-            tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
+            unsaid = torch.tensor([not caption.strip() for caption in captions], device=tokens.device)
+            tokens, pooled = tokens.masked_fill(unsaid[:, None, None], 0), pooled.masked_fill(unsaid[:, None], 0)
         return Text(tokens, pooled)
 
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
@@ -92,7 +92,8 @@ class Sdxl(Family):
 
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         index = (t_B.float() * 999).round().long()
-        time_ids = torch.cat([crop.original_B2, crop.top_left_B2, crop.target_B2], dim=1).to(noisy.device, noisy.dtype)
+        # in float32 whatever the network's dtype: bfloat16 cannot tell 1023 pixels from 1024
+        time_ids = torch.cat([crop.original_B2, crop.top_left_B2, crop.target_B2], dim=1).to(noisy.device, torch.float32)
         conditions = {"text_embeds": text.pooled_BD.to(noisy.dtype), "time_ids": time_ids}
         tokens = text.tokens_BLD.to(noisy.dtype)
         return denoiser(noisy, index, encoder_hidden_states=tokens, added_cond_kwargs=conditions, return_dict=False)[0]

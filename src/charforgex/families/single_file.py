@@ -135,9 +135,9 @@ def _tokenizer(place: Path, name: str):
 
     for home in (place / name, place / "tokenizer", place):
         if (home / "tokenizer.json").is_file() or ((home / "vocab.json").is_file() and (home / "merges.txt").is_file()):
-            tokenizer = CLIPTokenizer.from_pretrained(home, local_files_only=True)
+            # given at once: set afterwards, "!" would pad without being special, and a "!" in a caption get another id than SDXL's
+            padding = {} if home == place / name else {"pad_token": "!" if name == "tokenizer_2" else "<|endoftext|>"}
+            tokenizer = CLIPTokenizer.from_pretrained(home, local_files_only=True, **padding)
             tokenizer.model_max_length = min(tokenizer.model_max_length, 77)  # unset it is astronomically large
-            if home != place / name:
-                tokenizer.pad_token = "!" if name == "tokenizer_2" else tokenizer.eos_token
             return tokenizer
     return None

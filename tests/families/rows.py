@@ -1,0 +1,25 @@
+"""THE table of families. A new family is one more row; `test_contract.py` then holds it to every promise of the seam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from charforgex.families.base import Family
+from charforgex.families.sdxl import Sdxl
+
+
+@dataclass(frozen=True)
+class Row:
+    """Numbers of `family.tiny()`, written down by hand from its architecture."""
+
+    family: Family
+    tokens_LD: tuple[int, int]
+    pooled_D: int | None
+    latent_Chw: tuple[int, int, int]  # of a picture of `size`
+    size: tuple[int, int] = (48, 64)  # pixels, not square, so that a swapped side shows
+
+    def __str__(self) -> str:
+        return self.family.name
+
+
+ROWS = [Row(Sdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 6, 8))]
