@@ -103,6 +103,8 @@ def test_captions_are_varied_dropped_and_all_used(folder, prepared):
     data, family = prepared(batch_size=4, caption_dropout=0.25, shuffle_tags=True, keep_tokens=1, caption_variants=3)
     prompts = data.final_prompts(400)
     assert len(prompts) == 400 and 60 < prompts.count("") < 140
+    within = [set(prompts[start : start + 4]) for start in range(0, 400, 4)]
+    assert sum("" in texts and len(texts) > 1 for texts in within) > 30  # drawn for each picture, not for each batch
     kept = set(prompts) - {""}
     assert kept == set(data.texts[data.train[0].sha256]) and len(kept) == 4  # 3 orders of one, 1 of the other
     assert all(prompt.startswith("zkx, ") for prompt in kept)

@@ -43,6 +43,9 @@ def test_epochs_differ_and_so_do_seeds():
     one, two = Order({(8, 8): range(20)}, 20, 1), Order({(8, 8): range(20)}, 20, 2)
     assert one.batch(0) != one.batch(1) and one.batch(0) != two.batch(0)
     assert sorted(one.batch(0)) == list(range(20))
+    single = Order({(8, 8): range(20)}, 1, 1)
+    cycles = [[single.batch(number)[0] for number in range(start, start + 20)] for start in (0, 20, 40)]
+    assert cycles[0] != cycles[1] != cycles[2] and all(sorted(cycle) == list(range(20)) for cycle in cycles)
 
 
 def test_any_number_in_any_order_and_any_process():
