@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from charforgex import runs
 from charforgex.config import bind
-from charforgex.errors import ConfigError, DataError
+from charforgex.errors import ConfigError
 from charforgex.training.settings import EvaluationSettings, LoraSettings, OptimizerSettings, SamplingSettings, TrainerSettings
 
 if TYPE_CHECKING:
@@ -79,26 +79,38 @@ def resumed(run_dir: Path) -> DictConfig:
 
 
 def choose_run_dir(cfg: DictConfig) -> tuple[Path, bool]:
-    """The run's folder, and whether an interrupted run of the same settings lies there to be gone on with."""
-    name = f"{cfg.name}-{runs.config_hash(cfg)[:8]}"
-    base = Path(cfg.run_dir) if cfg.run_dir is not None else Path(cfg.runs_dir) / name
-    if not base.exists():
-        return base, False
-    finished, started = (base / "result.json").exists(), (base / "config.yaml").exists()
-    if started and not finished and not cfg.fresh:
-        return base, True
+    """The run's folder, and whether an interrupted run of the same settings lies there to be gone on with.
+
+    A run without a `run_dir` of its own is named by its settings: the same command finds its interrupted run again.
+    """
     if cfg.run_dir is not None:
-        if any(base.iterdir()):
-            what = "a finished run" if finished else "an interrupted run" if started else "other files"
-            raise ConfigError(f"run_dir={base} holds {what}; name another folder" + (", or go on with it by fresh=false." if started and not finished else "."))
-        return base, False
-    for number in range(2, 1000):
-        path = base.with_name(f"{name}-{number}")
-        if not path.exists():
-            return path, False
-        if not (path / "result.json").exists() and (path / "config.yaml").exists() and not cfg.fresh:
+        path = Path(cfg.run_dir)
+        state = state_of(path)
+        if state in ("finished", "foreign") or (state == "interrupted" and cfg.fresh):
+            way_out = " drop fresh=true to go on with it, or" if state == "interrupted" else ""
+            what = {"finished": "a finished run", "interrupted": "an interrupted run", "foreign": "other files"}[state]
+            raise ConfigError(f"run_dir={path} holds {what};{way_out} name another folder.")
+        return path, state == "interrupted"
+    name = f"{cfg.name}-{runs.config_hash(cfg)[:8]}"
+    for number in range(1, 1000):
+        path = Path(cfg.runs_dir) / (name if number == 1 else f"{name}-{number}")
+        state = state_of(path)
+        if state == "interrupted" and not cfg.fresh:
             return path, True
-    raise DataError(f"{cfg.runs_dir} holds 999 runs of these settings; remove some, or set runs_dir.")
+        if state == "new":
+            return path, False
+    raise ConfigError(f"runs_dir={cfg.runs_dir} holds 999 runs of these settings; remove some, or set runs_dir.")
+
+
+def state_of(run_dir: Path) -> str:
+    """new (nothing to lose), interrupted, finished, or foreign."""
+    if (run_dir / "result.json").exists():
+        return "finished"
+    if (run_dir / "config.yaml").exists():
+        return "interrupted"
+    made_before_config = {"pictures"}  # a run killed in its first second
+    strangers = {path.name for path in run_dir.iterdir()} - made_before_config if run_dir.exists() else set()
+    return "foreign" if strangers else "new"
 
 
 def elapsed_before(run_dir: Path) -> float:

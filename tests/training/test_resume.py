@@ -1,0 +1,127 @@
+"""Killed at any moment, with any number of workers, a run ends in the very bits of one that was not disturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from charforgex.training.checkpoints import SafeCheckpointIO, saved_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+SETTINGS = [
+    "debug=tiny", f"trainer.steps={STEPS}", "trainer.checkpoint_every=3", "trainer.accumulate=2", "evaluation.every=12", "sampling.steps=1",
+    "evaluation.prompts=['a portrait of a {trigger}, smiling']", "evaluation.times=1", "logger.tensorboard=false",
+]  # fmt: skip
+
+
+class Runner:
+    def __init__(self):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CHARFORGEX_DEBUG": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.runner"], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, run_dir: Path, *overrides: str, **how) -> dict:
+        cache = run_dir.parent / "cache"
+        job = {"overrides": [*SETTINGS, f"run_dir={run_dir}", f"cache_dir={cache}", *overrides], **how}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def runner():
+    started = Runner()
+    yield started
+    started.process.stdin.close()
+    started.process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runner, tmp_path_factory):
+    """The run folder, and how long it took with a warm cache."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert runner(folder / "first")["status"] == 0
+    again = runner(folder / "again")
+    assert again["status"] == 0
+    return folder / "first", again["seconds"]
+
+
+def evidence(run_dir: Path) -> dict[str, bytes]:
+    """The loss log, both LoRA files, and the last checkpoint: weights, EMA, optimizer and step."""
+    last = saved_steps(run_dir / "checkpoints")[0]
+    assert SafeCheckpointIO().load_checkpoint(last)["step"] == STEPS
+    files = [run_dir / "metrics.csv", run_dir / "debug.safetensors", run_dir / "debug_diffusers.safetensors", last / "tensors.safetensors"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_equal_runs_are_equal(undisturbed):
+    first, _ = undisturbed
+    expected = evidence(first)
+    assert evidence(first.parent / "again") == expected
+    tensors = SafeCheckpointIO().load_checkpoint(saved_steps(first / "checkpoints")[0])["tensors"]
+    kinds = {name.split("/")[0] for name in tensors}
+    assert kinds == {"weights", "ema", "optimizer"}
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.startswith("weights/") and name.endswith(".up"))
+
+
+def test_twenty_kills_change_nothing(runner, undisturbed, tmp_path):
+    """SIGKILL at 20 moments: 14 drawn over the length of a whole run, 6 in the middle of writing a checkpoint's files."""
+    first, seconds = undisturbed
+    rng, run_dir = random.Random(20), tmp_path / "killed"
+    at_random = [{"kill_after": rng.uniform(0.3, 1.0) * seconds} for _ in range(14)]
+    while_saving = [{"kill_at_save": rng.randint(1, 12)} for _ in range(6)]
+    plan = at_random + while_saving
+    rng.shuffle(plan)
+    kills = 0
+    for number, how in enumerate(plan):
+        target = run_dir if not (run_dir / "result.json").exists() else tmp_path / f"killed-{number}"
+        run_dir = target
+        kills += runner(run_dir, **how)["status"] == -signal.SIGKILL
+    assert kills >= 15, f"only {kills} of {len(plan)} kills came before the run was done"
+    if not (run_dir / "result.json").exists():
+        assert runner(run_dir)["status"] == 0
+    assert evidence(run_dir) == evidence(first)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_number_of_workers_changes_nothing(runner, undisturbed, tmp_path, workers):
+    first, _ = undisturbed
+    assert runner(tmp_path / "workers", f"data.num_workers={workers}")["status"] == 0
+    expected, found = evidence(first), evidence(tmp_path / "workers")
+    for name in ("metrics.csv", "tensors.safetensors"):
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop_it_saves_and_says_so(runner, undisturbed, tmp_path, number, code):
+    first, seconds = undisturbed
+    run_dir = tmp_path / "asked"
+    stopped = runner(run_dir, kill_after=0.6 * seconds, signal=number)
+    if stopped["status"] != code:  # it came before training began, or after it was done: try once more, earlier or later
+        run_dir = tmp_path / "asked again"
+        stopped = runner(run_dir, kill_after=0.75 * seconds, signal=number)
+    assert stopped["status"] == code
+    step = SafeCheckpointIO().load_checkpoint(saved_steps(run_dir / "checkpoints")[0])["step"]
+    assert 0 < step < STEPS
+    assert runner(run_dir)["status"] == 0
+    assert evidence(run_dir) == evidence(first)
+
+
+def test_a_broken_last_checkpoint_falls_back_to_the_one_before(runner, undisturbed, tmp_path):
+    first, seconds = undisturbed
+    run_dir = tmp_path / "broken"
+    assert runner(run_dir, kill_at_save=14)["status"] == -signal.SIGKILL  # 3 files each: steps 0, 3, 6, 9 are whole
+    newest = saved_steps(run_dir / "checkpoints")[0]
+    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "tensors.safetensors").write_bytes(data)
+    assert runner(run_dir)["status"] == 0
+    assert evidence(run_dir) == evidence(first)
