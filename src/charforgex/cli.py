@@ -99,8 +99,8 @@ def _hydra(entry: str, config_name: str, arguments: list[str], program: str, fol
             if options.help:
                 print(help_text(search, options.overrides, program))
                 return
-            if options.multirun and (found := list(complaints(search, options.overrides))):
-                raise ConfigError("\n".join(found))  # before Hydra makes the sweep's folder
+            if found := list(complaints(search, options.overrides)):
+                raise ConfigError("\n".join(found))  # sooner than Hydra finds it, and before it makes a sweep's folder
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
     except ValueError as error:
         if task.started or isinstance(error, CharForgeError):

@@ -26,10 +26,10 @@ from charforgex.errors import ConfigError
 
 TEMPORARY = ".tmp-"  # what the names of unfinished files begin with; such a file is never read
 PACKAGES = ["charforgex", "torch", "numpy", "pillow", "lightning", "diffusers", "transformers", "peft", "accelerate", "safetensors"]
-PACKAGES += ["hydra-core", "omegaconf", "torchmetrics"]
+PACKAGES += ["hydra-core", "omegaconf"]
 EXIT_OK, EXIT_ERROR = 0, 2  # 2: something the user can mend, said in one line
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # Ctrl-C and SIGTERM, after what was done is saved: the same command goes on from there
-LOCATIONS = ("run_dir", "runs_dir", "resume", "paths", "hydra")  # top-level keys that say where, not what
+LOCATIONS = ("run_dir", "runs_dir", "cache_dir", "resume", "fresh", "hydra")  # top-level keys that say where and how to begin, not what
 
 
 # ---- atomic writes ----
