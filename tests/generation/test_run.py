@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def pixels(path):
 def test_prompts_by_seeds_by_strengths(base, lora, tmp_path):
     """Base and family come from the LoRA. At strength 0 the pictures are the base's own, bit for bit."""
     prompts = ["a portrait of {trigger}, {red|blue} hat", "a cat"]
-    run = charforgex.generate(lora=lora, prompt=prompts, scales=[0, 1], seeds=[5, 9], out=tmp_path / "grid", **QUICK)
+    run = charforgex.generate(lora=lora, prompt=prompts, scales=[0, 1], seeds=[5, 9], batch_size=2, out=tmp_path / "grid", **QUICK)
     made = [(p["template"], p["seed"], p["scales"]["zqx"]) for p in run["pictures"]]
     assert made == [(prompt, seed, scale) for prompt in prompts for seed in (5, 9) for scale in (0.0, 1.0)]
     assert run["pictures"][0]["prompt"] in ("a portrait of zqx, red hat", "a portrait of zqx, blue hat")
@@ -97,7 +98,7 @@ def test_same_settings_same_bytes(base, tmp_path):
     one, two = (charforgex.generate(**settings, out=tmp_path / name)["pictures"] for name in ("one", "two"))
     with_sizes = charforgex.generate(**settings | {"batch_size": 1}, out=tmp_path / "three")["pictures"]
     for a, b, c in zip(one, two, with_sizes, strict=True):
-        assert open(a["file"], "rb").read() == open(b["file"], "rb").read()
+        assert Path(a["file"]).read_bytes() == Path(b["file"]).read_bytes()
         assert np.abs(pixels(a["file"]).astype(int) - pixels(c["file"])).max() <= 1  # rounding
 
 
@@ -114,8 +115,9 @@ def test_two_loras_add_up(base, lora, tmp_path):
 
 def test_long_prompts_are_reported(base, tmp_path):
     run = charforgex.generate(base=base, prompt="a cat " * 60, count=1, out=tmp_path / "x", sheet=False, **QUICK)
-    assert run["truncated"][0]["tokens_cut"] == 2 * 60 - 75
-    assert run["truncated"][0]["seen"].split() == ["a", "cat"] * 37 + ["a"]
+    (cut,) = run["truncated"]
+    assert cut["tokens_cut"] == max(n for _, n in FAMILY.seen_text(FAMILY.tiny(), "a cat " * 60)) > 40
+    assert cut["seen"].startswith("a cat a cat") and len(cut["seen"]) < len(cut["prompt"])
 
 
 @pytest.mark.parametrize(
@@ -170,13 +172,12 @@ def test_loras_are_checked_before_weights_load(weightless, tmp_path):
     other = lora_file(tmp_path / "other.safetensors", weightless, **{"charforgex.family": "flux"})
     with pytest.raises(ConfigError, match="family=flux is unknown"):
         charforgex.generate(lora=other, **ask)
-    with pytest.raises(LoraError, match="other.safetensors is for flux and not for sdxl"):
+    with pytest.raises(LoraError, match=r"other.safetensors is for flux and not for sdxl"):
         charforgex.generate(lora=other, family="sdxl", base=weightless, **ask)
 
     tensors = load_file(good)
-    save_file(
-        tensors | {"lora_unet_nowhere.lora_down.weight": torch.ones(2, 4)}, tmp_path / "stray.safetensors", {"charforgex.family": "sdxl"}
-    )
+    tensors["lora_unet_nowhere.lora_down.weight"] = torch.ones(2, 4)
+    save_file(tensors, tmp_path / "stray.safetensors", {"charforgex.family": "sdxl"})
     with pytest.raises(LoraError, match=r"1 of \d+ keys belong to no module of this sdxl model: lora_unet_nowhere"):
         charforgex.generate(lora=tmp_path / "stray.safetensors", base=weightless, **ask)
 

@@ -17,7 +17,7 @@ def clip_ids(tokenizer, captions: Sequence[str]) -> Tensor:
 
 def seen(tokenizer, caption: str) -> tuple[str, int]:
     """The caption as the encoder sees it after truncation, and the number of tokens that were cut off."""
-    whole = tokenizer(caption).input_ids
+    whole = tokenizer(caption, verbose=False).input_ids  # its own warning would say less than the caller does
     limit = tokenizer.model_max_length
     kept = whole if len(whole) <= limit else [*whole[: limit - 1], whole[-1]]
     return tokenizer.decode(kept, skip_special_tokens=True).strip(), len(whole) - len(kept)
