@@ -2,10 +2,10 @@
 
     import charforgex
 
-    run = charforgex.train(data="pictures/anna", steps=400)
-    charforgex.generate(lora=run["lora"], prompt="{trigger} at the beach")
+    run = charforgex.train(data={"source": "pictures", "trigger": "ohwx woman"}, trainer={"steps": 400})
+    charforgex.generate(lora=run["lora"], prompt="a portrait of {trigger} at the beach")
 
-Settings are those of the command line; dotted ones are nested (`lora={"rank": 8}`) or spelled out (`**{"lora.rank": 8}`).
+Settings are those of the command line; dotted ones are nested as above, or spelled out (`**{"trainer.steps": 400}`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ __all__ = ["generate", "train"]
 
 def train(**settings: Any) -> dict[str, Any]:
     """What `python train.py name=value ...` does. Returns the content of the run's result.json; raises a CharForgeError."""
-    return _run("train", "charforgex.training.run", settings)
+    return _run("train", "charforgex.training.run:run", settings)
 
 
 def generate(**settings: Any) -> dict[str, Any]:
     """What `python generate.py name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
-    return _run("generate", "charforgex.generation.run", settings)
+    return _run("generate", "charforgex.generation.run:generate", settings)
 
 
-def _run(command: str, module: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _run(command: str, entry: str, settings: dict[str, Any]) -> dict[str, Any]:
     from importlib import import_module
 
     from charforgex.config import compose
     from charforgex.overrides import as_overrides
 
     cfg = compose(command, as_overrides(settings))  # a wrong setting stops before anything heavy is imported
-    return getattr(import_module(module), command)(cfg)
+    module, _, function = entry.partition(":")
+    return getattr(import_module(module), function)(cfg)
