@@ -221,7 +221,7 @@ def test_broken_folders(how, folder):
 # ---- addresses ----
 
 
-def test_the_embedded_base(tmp_path):
+def test_the_embedded_base():
     """It is an ordinary diffusers folder in float16, and its parts fit together."""
     parts = FAMILY.load("charworld")
     assert {name for name in parts.modules} == {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
@@ -315,7 +315,7 @@ def test_tiny_by_name():
 # ---- single files ----
 
 
-def test_single_file_gives_the_same_networks(checkpoint, small_family, tiny_parts):
+def test_single_file_gives_the_same_networks(checkpoint, small_family, tiny_parts, tmp_path):
     path = checkpoint(
         {"conditioner.embedders.1.model.logit_scale": torch.ones(()), "model_ema.decay": torch.ones(()), "betas": torch.ones(3)}
     )
@@ -331,6 +331,8 @@ def test_single_file_gives_the_same_networks(checkpoint, small_family, tiny_part
     assert parts.config == tiny_parts.config
     assert (parts["tokenizer"].pad_token, parts["tokenizer_2"].pad_token) == ("<|endoftext|>", "!")
     assert set(small_family.load(str(path), only=("vae",)).modules) == {"vae", "scheduler"}
+    small_family.pipeline(parts).save_pretrained(tmp_path / "folder")
+    same_networks(FAMILY.load(str(tmp_path / "folder")), tiny_parts)
 
 
 def test_single_file_is_read_as_diffusers_reads_it(checkpoint, tiny_parts):

@@ -149,18 +149,23 @@ def _network(family: Family, source: Source, name: str, dtype: torch.dtype):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' own progress bars, which would fill a log and say nothing that we do not."""
+    """Without the libraries' own progress bars and warnings: what they would say of weights we raise, and the rest helps nobody."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging for logging in (diffusers_logging, transformers_logging) if logging.is_progress_bar_enabled()]
-    for logging in loggers:
+    before = [
+        (logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in (diffusers_logging, transformers_logging)
+    ]
+    for logging, _, _ in before:
+        logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        for logging in loggers:
-            logging.enable_progress_bar()
+        for logging, verbosity, shows_progress in before:
+            logging.set_verbosity(verbosity)
+            if shows_progress:
+                logging.enable_progress_bar()
 
 
 def denoiser_config(family: Family, source: str) -> dict[str, Any]:

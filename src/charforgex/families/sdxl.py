@@ -107,7 +107,10 @@ class Sdxl(Family):
         return TARGETS[preset]
 
     def pipeline(self, parts: Components):
-        from diffusers import StableDiffusionXLPipeline
+        from charforgex.families.loading import quiet
+
+        with quiet():  # about torchvision, which nothing here uses
+            from diffusers import StableDiffusionXLPipeline
 
         pipeline = StableDiffusionXLPipeline(
             **{name: parts.modules.get(name) for group in self.components.values() for name in group}, scheduler=parts["scheduler"],

@@ -68,7 +68,7 @@ class Original:
 
     def read(self, stored: Tensor) -> Tensor:
         if self.third is not None:
-            return stored.chunk(3)[self.third]
+            return stored.chunk(3)[self.third].clone()  # parts of one storage could not be saved again
         if self.transposed:
             return stored.T
         return stored[..., 0, 0] if self.convolved else stored

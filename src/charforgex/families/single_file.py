@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from charforgex.errors import ModelError
 from charforgex.families import layouts
 from charforgex.families.parts import build, read_config
+from charforgex.families.sgm import Original
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family
@@ -31,29 +33,32 @@ def spell(keys: Sequence[str]) -> str:
     return ", ".join(sorted(keys)[:NAMED]) + more
 
 
+def empty(family: Family, name: str) -> nn.Module:
+    """The network of our own config, with no memory behind its weights."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # buffers stay real: the text encoders compute theirs
+        return build(family, name, read_config(family.configs, name))
+
+
+@cache
+def originals(family: Family, name: str) -> dict[str, tuple[Original, tuple[int, ...]]]:
+    """Our tensor's name -> where it stands in the file, and its shape in our module."""
+    config, spelling = read_config(family.configs, name), family.original[name]
+    return {key: (spelling(key, config), tuple(tensor.shape)) for key, tensor in empty(family, name).state_dict().items()}
+
+
 class Checkpoint:
     """One file of one family, recognised and checked against the family's full list of keys before a weight is read."""
 
     def __init__(self, family: Family, path: Path):
         self.family, self.header = family, layouts.read_header(path)
         layouts.require(self.header, family.name)
-        self.originals = {name: self._originals(name) for name in family.original}
+        self.originals = {name: originals(family, name) for name in family.original}
         known = {original.key for table in self.originals.values() for original, _ in table.values()}
         left_over = [key for key in self.header.shapes if key not in known and not key.startswith(IGNORED)]
         if left_over:
             raise ModelError(f"{path} holds keys that {family.name} has no place for: {spell(left_over)}.")
-
-    def _originals(self, name: str) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        """Our tensor's name -> where it stands in the file, and its shape in our module."""
-        config = read_config(self.family.configs, name)
-        spelling = self.family.original[name]
-        return {key: (spelling(key, config), tuple(tensor.shape)) for key, tensor in self._empty(name).state_dict().items()}
-
-    def _empty(self, name: str) -> nn.Module:
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():  # buffers stay real: the text encoders compute theirs
-            return build(self.family, name, read_config(self.family.configs, name))
 
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """One network. Raises ModelError naming the keys that are missing or of another shape."""
@@ -78,7 +83,7 @@ class Checkpoint:
                     state[key] = original.read(file.get_tensor(original.key)).to(dtype).contiguous()
                 else:
                     state[key] = torch.zeros(shape, dtype=dtype)
-        network = self._empty(name)
+        network = empty(self.family, name)
         network.load_state_dict(state, strict=True, assign=True)
         return network
 
