@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -200,8 +201,10 @@ def _insert(network: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtyp
         r=rank, lora_alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, target_modules=_pattern(layers),
     )  # fmt: skip
     with _keeping_gradients(_tuner_layers(network).values()):
-        # meta weights: peft's own draws would come from, and move, the global random state
-        inject_adapter_in_model(config, network, _key(name), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what we want
+            # meta weights: peft's own draws would come from, and move, the global random state
+            inject_adapter_in_model(config, network, _key(name), low_cpu_mem_usage=True)
         if hasattr(network, "_hf_peft_config_loaded"):
             network._hf_peft_config_loaded = True  # so that diffusers' and transformers' own adapter methods see it
         for path, layer in _adapted(network, name).items():
@@ -211,8 +214,8 @@ def _insert(network: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtyp
             for side, value in ((layer.lora_A, factors.down), (layer.lora_B, factors.up)):
                 value = value.to(weight.device, dtype or weight.dtype, copy=True)
                 side[_key(name)].weight = nn.Parameter(value, requires_grad=False)
-            active = [other for other in before.get(path, []) if other != _key(name)]
-            layer.set_adapter([*active, _key(name)])
+        for path, layer in _tuner_layers(network).items():  # peft has switched all others off, in every layer
+            layer.set_adapter([*before.get(path, []), *([_key(name)] if path in layers else [])])
     for parameter in adapter_parameters(network, name).values():
         parameter.requires_grad_(False)
 
