@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from charforgex.binding import bind
 from charforgex.errors import ConfigError
 from charforgex.families.process import Ddpm
 from charforgex.families.sdxl import Sdxl
@@ -105,13 +106,15 @@ def test_noise_offset_adds_the_same_to_a_whole_channel():
     assert difference.abs().min() > 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"huber_delta": 0.2}, {"min_snr_gamma": 3.0}, {"kind": "l1"}, {"weighting": "snr"}, {"timesteps": "sigmoid"}, {"noise_offset": 2.0},
-        {"kind": "huber", "huber_delta": 0.0},
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("options", [{"huber_delta": 0.2}, {"min_snr_gamma": 3.0}, {"weighting": "snr"}])
 def test_an_option_that_the_objective_does_not_use_is_refused(options):
-    with pytest.raises(ConfigError, match=next(iter(options)) if len(options) == 1 else "huber_delta"):
+    with pytest.raises(ConfigError, match=next(iter(options))):
         Objective(**options).check(Ddpm())
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "l1"}, {"timesteps": "sigmoid"}, {"noise_offset": 2.0}, {"huber_delta": 0.0}, {"min_snr_gamma": -1}]
+)
+def test_values_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        bind(Objective, options, "loss")

@@ -67,11 +67,11 @@ def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbac
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")  # the frozen base is
     return L.Trainer(
         accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy, precision=settings.precision,
         max_epochs=1, logger=list(loggers), callbacks=list(callbacks), plugins=[SafeCheckpointIO()], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, use_distributed_sampler=False,
     )  # fmt: skip
 
 

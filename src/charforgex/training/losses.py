@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from charforgex.binding import Range
 from charforgex.draws import torch_generator
 from charforgex.errors import ConfigError
 from charforgex.families.base import Family
@@ -45,32 +47,24 @@ class Objective:
     noise_offset: adds an offset of this size per channel to the noise (Guttenberg 2023); 0 is off.
     """
 
-    kind: str = "mse"
-    huber_delta: float = 0.1
-    weighting: str = "none"
-    min_snr_gamma: float = 5.0
-    noise_offset: float = 0.0
-    timesteps: str = "uniform"
+    kind: Literal["mse", "huber"] = "mse"
+    huber_delta: Annotated[float, Range(above=0)] = 0.1
+    weighting: Literal["none", "min_snr"] = "none"
+    min_snr_gamma: Annotated[float, Range(above=0)] = 5.0
+    noise_offset: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
 
     def check(self, process: Process) -> None:
         """Raises ConfigError for an option that this process has no use for."""
         process.weight(torch.ones(1), self.weighting, self.min_snr_gamma)
-        if self.kind not in ("mse", "huber"):
-            raise ConfigError(f"loss.kind={self.kind} is unknown; choose mse or huber.")
         if self.kind != "huber" and self.huber_delta != Objective.huber_delta:
             raise ConfigError(f"loss.huber_delta={self.huber_delta} has no effect with loss.kind={self.kind}; set loss.kind=huber.")
         if self.weighting != "min_snr" and self.min_snr_gamma != Objective.min_snr_gamma:
             raise ConfigError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting}; set loss.weighting=min_snr."
             )
-        if self.huber_delta <= 0 or self.min_snr_gamma <= 0:
-            raise ConfigError(f"loss.huber_delta={self.huber_delta} and loss.min_snr_gamma={self.min_snr_gamma} must be above 0.")
-        if not 0 <= self.noise_offset <= 1:
-            raise ConfigError(f"loss.noise_offset={self.noise_offset} is outside [0, 1]; 0.05 is usual, 0 is off.")
         if self.noise_offset and not isinstance(process, Ddpm):
             raise ConfigError(f"loss.noise_offset={self.noise_offset} has no meaning for {process.describe()}; set it to 0.")
-        if self.timesteps not in ("uniform", "logit_normal"):
-            raise ConfigError(f"loss.timesteps={self.timesteps} is unknown; choose uniform or logit_normal.")
 
     def times(self, count: int, process: Process, *key: object) -> Tensor:
         """Times (count,) for the draw `key`, stratified over the batch so that its mean loss varies less."""

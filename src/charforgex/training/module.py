@@ -90,6 +90,7 @@ class StepModule(L.LightningModule):
             self._update_ema()
             self.skipped = 0
         else:
+            self.check_finite()
             self.skipped += 1
         for parameter in self.trainable.values():
             parameter.grad = None

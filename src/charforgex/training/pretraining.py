@@ -26,7 +26,7 @@ from charforgex.data.rendered import RenderedBank
 from charforgex.draws import python_rng
 from charforgex.errors import ConfigError
 from charforgex.families import registry
-from charforgex.families.loading import weights_hash
+from charforgex.families.loading import quiet, weights_hash
 from charforgex.training import pretrain, report
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.logs import StepLog
@@ -70,6 +70,11 @@ class Draws(Dataset):
 
 def run_pretraining(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     """Trains one stage. Returns result.json: the measures on pictures that were not trained on, and where the weights are."""
+    with quiet():
+        return _run(cfg, settings, run_dir, going_on)
+
+
+def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     options = bind(PretrainSettings, cfg.pretrain, "pretrain")
     console, clock = Console(), Clock(run_dir)
     if settings.trainer.threads:

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charforgex import runs
-from charforgex.config import bind
+from charforgex.config import arguments, bind
 from charforgex.errors import ConfigError
-from charforgex.training.settings import EvaluationSettings, LoraSettings, OptimizerSettings, SamplingSettings, TrainerSettings
+from charforgex.training.settings import (
+    EvaluationSettings,
+    FamilySettings,
+    LoggerSettings,
+    LoraSettings,
+    OptimizerSettings,
+    SamplingSettings,
+    TrainerSettings,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,7 +41,7 @@ class Settings:
 
 
 def check(cfg: DictConfig) -> Settings:
-    """The settings, each in its type and range, or a ConfigError that names what is wrong. Imports no torch."""
+    """The settings, each in its type and range, or a ConfigError that names what is wrong. No model is loaded, no file read."""
     settings = Settings(
         lora=bind(LoraSettings, cfg.lora, "lora"),
         optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
@@ -43,7 +51,20 @@ def check(cfg: DictConfig) -> Settings:
     )
     if not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
+    bind(FamilySettings, cfg.family, "family")
+    bind(LoggerSettings, cfg.logger, "logger")
+    # These two have their schema where torch is, which a good config needs next anyway.
+    from charforgex.data.datamodule import CharacterData
+    from charforgex.training.losses import Objective
+
+    arguments(CharacterData, data_options(cfg), "data", given=("source", "trigger", "cache", "seed"))
+    bind(Objective, cfg.loss, "loss")
     return settings
+
+
+def data_options(cfg: DictConfig) -> dict[str, Any]:
+    """The `data` group without its source and trigger, which a demo character brings itself."""
+    return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger")}
 
 
 def train(cfg: DictConfig) -> float:

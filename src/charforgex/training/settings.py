@@ -65,3 +65,39 @@ class SamplingSettings:
     def __post_init__(self):
         if self.negative and self.guidance <= 1:
             raise ConfigError(f"sampling.negative has no effect with sampling.guidance={self.guidance}; guidance must be above 1.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A family's own numbers, from which the other groups take theirs."""
+
+    resolution: Positive
+    batch_size: Positive
+    steps: Positive
+    rank: Positive
+    alpha: Annotated[float, Range(above=0)]
+    targets: str
+    lr: Annotated[float, Range(above=0)]
+    min_snr_gamma: Annotated[float, Range(above=0)]
+    evaluate_every: Positive
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    name: str
+    source: str
+    recipe: Recipe
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class LoggerSettings:
+    tensorboard: bool = True
+    wandb: bool = False
+    project: str = "charforgex"
+    offline: bool = False
+
+    def __post_init__(self):
+        if self.offline and not self.wandb:
+            raise ConfigError("logger.offline=true has no effect with logger.wandb=false.")
