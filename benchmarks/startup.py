@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GOALS = {"help_vs_hydra": 2.0, "config_error_vs_hydra": 3.0, "first_step_vs_diffusers": 0.9}
+GOALS = {"help_vs_hydra": 2.0, "config_error_vs_hydra": 2.0, "first_step_vs_diffusers": 0.9}
 
 
 def cpu_seconds(command: list[str], folder: Path, codes: tuple[int, ...] = (0,)) -> float:

@@ -234,8 +234,10 @@ def unknown(key: str, valid: Iterable[str]) -> str:
     if near:
         return f"{key} is unknown; did you mean {' or '.join(near)}?"
     parent, _, _ = key.rpartition(".")
-    beside = [name for name in valid if name.rpartition(".")[0] == parent]
-    return f"{key} is unknown; " + (f"valid are {', '.join(beside)}" if beside else f"nothing beneath {parent or key} reads it")
+    beside = list(dict.fromkeys(name for name in valid if name.rpartition(".")[0] == parent))
+    if not beside:
+        return f"{key} is unknown; nothing beneath {parent or key} reads it"
+    return f"{key} is unknown; valid are {', '.join(beside)}" if len(beside) <= 12 else f"{key} is unknown; --help lists all that are valid"
 
 
 def nearest(key: str, valid: Collection[str]) -> list[str]:

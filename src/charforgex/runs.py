@@ -12,13 +12,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import secrets
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -125,6 +122,8 @@ def write_provenance(run_dir: str | os.PathLike, *, seed: int, inputs: Mapping[s
 
 
 def provenance(*, seed: int, inputs: Mapping[str, str | os.PathLike] | None = None) -> dict[str, Any]:
+    import platform
+
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -141,6 +140,8 @@ def provenance(*, seed: int, inputs: Mapping[str, str | os.PathLike] | None = No
 
 def versions() -> dict[str, str | None]:
     """Installed versions of what decides a run's numbers, None for a package that is not there. Imports none of them."""
+    from importlib import metadata  # here and below: what --help can do without
+
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -155,6 +156,8 @@ def git_state() -> dict[str, Any] | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not (root / "src" / "charforgex").is_dir():
         return None
+    import subprocess
+
     try:
         commit = _git(root, "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
@@ -163,6 +166,8 @@ def git_state() -> dict[str, Any] | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
+    import subprocess
+
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
 
