@@ -105,8 +105,8 @@ class Steering(L.Callback):
                 self.measure(step)
             trainer.strategy.barrier()
         stop = self.asked.signal is not None
-        due = (measured or step % self.checkpoint_every == 0) and not module.skipped  # a roll-back goes to before the trouble
-        if due or stop or last:
+        due = step % self.checkpoint_every == 0 and not module.skipped  # a roll-back goes to before the trouble
+        if due or measured or stop or last:
             self.save(trainer, module)
         if stop:
             trainer.should_stop = True
