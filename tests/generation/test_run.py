@@ -228,6 +228,8 @@ def test_sheets_hold_at_most_eight_columns():
     columns, rows = _layout(pictures(range(11), [1.0]))
     assert columns == [] and [len(files) for _, files in rows] == [8] * 4
     assert rows[1][0] == "a\nseeds 8 to 10" and rows[1][1][2:] == ["a101.0", *[None] * 5]
+    columns, rows = _layout(pictures([4, 5], [1.0])[:2] * 2)  # the same prompt twice, which wildcards may make differ
+    assert columns == ["seed 4", "seed 5"] and [label for label, _ in rows] == ["a", "a"]
     columns, rows = _layout(pictures([4], [0.0, 0.5]))
     assert columns == ["x 0", "x 0.5"] and rows[0] == ("a\nseed 4", ["a40.0", "a40.5"])
 

@@ -79,22 +79,21 @@ def write_sheets(out: Path, pictures: list[dict[str, Any]], base: str, settings:
 
 def _layout(pictures: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str | None]]]]:
     """Column labels, and rows of a label and files: strengths side by side where there are several, else seeds."""
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for picture in pictures:
-        by_prompt.setdefault(picture["template"], []).append(picture)
     strengths = _strengths(pictures)
+    each = len(strengths) * len({picture["seed"] for picture in pictures})  # pictures of one prompt, which come one after another
+    groups = [pictures[i : i + each] for i in range(0, len(pictures), each)]
     rows: list[tuple[str, list[str | None]]] = []
     if len(strengths) > 1:
-        for template, group in by_prompt.items():
+        for group in groups:
             for start in range(0, len(group), len(strengths)):
                 one = group[start : start + len(strengths)]
-                rows.append((f"{_said(template, one)}\nseed {one[0]['seed']}", [picture["file"] for picture in one]))
+                rows.append((f"{_said(one)}\nseed {one[0]['seed']}", [picture["file"] for picture in one]))
         return strengths, rows
-    seeds = [picture["seed"] for picture in next(iter(by_prompt.values()))]
-    for template, group in by_prompt.items():
+    seeds = [picture["seed"] for picture in groups[0]]
+    for group in groups:
         for start in range(0, len(group), MOST_COLUMNS):
             part = group[start : start + MOST_COLUMNS]
-            label = _said(template, group)
+            label = _said(group)
             if len(seeds) > MOST_COLUMNS:
                 label += f"\nseeds {part[0]['seed']} to {part[-1]['seed']}"
             files: list[str | None] = [picture["file"] for picture in part]
@@ -102,10 +101,10 @@ def _layout(pictures: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, 
     return [] if len(seeds) > MOST_COLUMNS else [f"seed {seed}" for seed in seeds], rows
 
 
-def _said(template: str, group: list[dict[str, Any]]) -> str:
+def _said(group: list[dict[str, Any]]) -> str:
     """The prompt where all pictures have the same, else the template with its wildcards."""
     prompts = {picture["prompt"] for picture in group}
-    return prompts.pop() if len(prompts) == 1 else template
+    return prompts.pop() if len(prompts) == 1 else group[0]["template"]
 
 
 def _strengths(pictures: list[dict[str, Any]]) -> list[str]:

@@ -92,7 +92,9 @@ def generate(cfg: Any) -> dict[str, Any]:
     settings_used = {key: value for key, value in common.items() if key not in ("family", "base", "base_is_file", "versions")}
     result = {
         "out": str(out),
-        "sheets": [str(path) for path in report.write_sheets(out, pictures, stack.base, settings_used)] if settings.sheet else [],
+        "sheets": [str(path) for path in report.write_sheets(out, pictures, _public_name(stack.base), settings_used)]
+        if settings.sheet
+        else [],
         "pictures": pictures,
         "family": stack.family.name,
         "base": stack.base,
