@@ -358,6 +358,7 @@ def show_result(job: Job, result: dict[str, Any]) -> None:
         ("prompt-following", f"{following['lora']:.2f}, the base's own {following['base']:.2f}"),
         ("best checkpoint", f"step {result['best_step']} of {result['steps']}"),
         ("time, memory", f"{result['seconds'] / 60:.1f} min, {result['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ("LoRA", result["lora"]), ("judge it", result["sheet"]), ("curves", result["curves"]),
-        ("use it", f"python generate.py lora={result['lora']} prompt='\"{prompt}\"'"),
     ])  # fmt: skip
+    for name, value in (("LoRA", result["lora"]), ("judge it", result["sheet"]), ("curves", result["curves"])):
+        job.console.print(f" [bold]{name}[/]  {value}", soft_wrap=True, highlight=False)  # paths and commands are copied: never wrapped
+    job.console.print(f'\nUse it:\npython generate.py lora={result["lora"]} prompt="{prompt}"', soft_wrap=True, highlight=False, markup=False)

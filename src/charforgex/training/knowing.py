@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from charforgex.curation.manifest import read_picture
 from charforgex.data.datamodule import CharacterData
@@ -27,6 +27,7 @@ from charforgex.training.losses import Objective
 from charforgex.training.settings import EvaluationSettings, SamplingSettings
 from charforgex.types import Components, Text
 
+COLUMNS = 8  # of contact sheets
 FAITHFUL = 0.9  # share of the base's prompt-following that a chosen checkpoint keeps
 
 
@@ -110,10 +111,13 @@ class Knowing:
         )  # fmt: skip
 
     def sheet(self, pictures: Sequence[Image.Image], path: Path, title: str) -> None:
-        """References above, then the base model and the LoRA on each prompt."""
-        columns = min(len(self.prompts), 8)
-        rows = [(self.references * columns)[:columns], self.base_pictures[:columns], list(pictures)[:columns]]
-        labels = [prompt.split(", ", 1)[-1] for prompt in self.prompts[:columns]]
+        """References above, then the base model and the LoRA: the first picture of each prompt."""
+        each = slice(0, COLUMNS * self.settings.seeds, self.settings.seeds)
+        prompts = self.prompts[each]
+        size = pictures[0].size
+        references = [ImageOps.pad(r, size, Image.Resampling.LANCZOS, (250, 249, 246)) for r in self.references]
+        rows = [(references * len(prompts))[: len(prompts)], self.base_pictures[each], list(pictures)[each]]
+        labels = [prompt.split(", ", 1)[-1] for prompt in prompts]
         image = contact_sheet(rows, ("held-out references", "base model", "LoRA"), labels, title)
         with replace_atomic(path) as temporary:
             image.save(temporary)

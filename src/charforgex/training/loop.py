@@ -67,6 +67,7 @@ def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbac
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")  # the frozen base is
     return L.Trainer(
         accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy, precision=settings.precision,
