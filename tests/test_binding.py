@@ -41,6 +41,7 @@ class Adapter:
         extra: Any = None,
         either: int | Literal["auto"] = "auto",
         words: Sequence[str] = (),
+        either_list: str | list[str] = "all",
     ):
         self.values = {name: value for name, value in locals().items() if name != "self"}
 
@@ -111,6 +112,7 @@ def test_a_whole_float_is_a_whole_number_and_null_is_null():
         ({"rank": 8, "scales": {"a": "x"}}, "lora.scales.a=x is a text; a number"),
         ({"rank": 8, "scales": [1]}, "a group of settings"),
         ({"rank": 8, "either": "autp"}, "lora.either=autp is a text; a whole number or one of auto is needed"),
+        ({"rank": 8, "either_list": 3}, "lora.either_list=3 is a whole number; a text or a list of texts is needed"),
         ({"rank": 8, "network": 1}, "lora.network is unknown"),
     ],
 )

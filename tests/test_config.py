@@ -63,7 +63,7 @@ def test_all_missing_values_are_listed_with_what_fills_them(folder):
         (["experiment=wrong", "data.folder=x"], r"lora.rnk is unknown; did you mean lora.rank\?\nstpes is unknown; did you mean steps\?"),
         (["experiment=broken"], "a yaml file cannot be read: .*broken.yaml"),
         (["experiment=gone"], "fluxx"),
-        (["hydra.run.dirr=x"], "hydra.run.dirr is unknown"),
+        (["hydra.run.dirr=x"], "hydra.run.dirr is unknown here"),
         (["hydra/launcher=slurmm"], "slurmm"),
     ],
 )
@@ -131,6 +131,11 @@ def test_bad_types_and_values_are_refused():
     faults += [f"{group}.{setting}" for group, settings in OUT_OF_RANGE.items() for setting in settings.split()]
     assert_refused("train", faults, check)
     assert len(faults) > 90
+
+
+def test_a_group_that_is_placed_elsewhere_is_named_as_it_is_chosen():
+    with pytest.raises(ConfigError, match=r"adapter is unknown here; it is chosen by adapter@lora=\.\.\."):
+        compose("train", ["adapter=default"])
 
 
 def test_generate_takes_a_lora_by_its_path():

@@ -208,7 +208,10 @@ def say(wanted: Any) -> str:
     if wanted in NAMES:
         return NAMES[wanted]
     if origin in (list, tuple, set, frozenset, Sequence, Iterable, Collection):
-        return "a list of " + " and ".join(dict.fromkeys(say(item).split(" ", 1)[-1] for item in inner if item is not Ellipsis))
+        words = dict.fromkeys(say(item).removeprefix("a ") for item in inner if item is not Ellipsis)
+        return "a list" + "".join(
+            f" of {word}s" if word in ("whole number", "number", "text", "path") else f", each {word}" for word in words
+        )
     if wanted is Any:
         return "a value"
     return "a group of settings" if dataclasses.is_dataclass(wanted) or origin is dict else f"a {getattr(wanted, '__name__', wanted)}"

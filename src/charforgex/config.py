@@ -52,7 +52,7 @@ class Search:
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra._internal.utils import create_config_search_path
 
-        search_path = create_config_search_path(str(self.folder))
+        search_path = create_config_search_path(str(prepare(self.folder)))
         if self.extra is not None and Path(self.extra).is_dir():
             search_path.prepend("command-line", f"file://{Path(self.extra).resolve()}")
         return ConfigLoaderImpl(search_path)
@@ -290,7 +290,8 @@ def reworded(error: Exception) -> str:
     if twice := re.match(r"Multiple values for (\S+?)\. ", text):
         return f"{twice[1]} is chosen twice; write {twice[1]}=... once, without +"
     if stranger := re.match(r"Could not override '(.+?)'", text):
-        return f"{stranger[1]} is unknown"
+        placed = re.search(r"Did you mean to override (\S+)\?", text)
+        return f"{stranger[1]} is unknown here" + (f"; it is chosen by {placed[1]}=..." if placed else "")
     lines = [line.strip() for line in text.partition("Config search path")[0].splitlines()]
     return " ".join(line for line in lines if line)
 

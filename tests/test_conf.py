@@ -1,0 +1,51 @@
+"""Every file in conf/ and sweeps/ that a user may name composes, and its values fit the training's signatures."""
+
+from pathlib import Path
+
+import pytest
+
+from charforgex.config import Search, compose, conf_folder, group_choices
+from charforgex.errors import ConfigError
+from charforgex.training.run import check
+
+ROOT = Path(__file__).parents[1]
+
+
+def choices(name):
+    return group_choices(Search(name, conf_folder()).loader(), name)
+
+
+def filled(name, overrides):
+    """The config, with a word for every value that its user must give."""
+    try:
+        return compose(name, overrides)
+    except ConfigError as error:
+        if "no value yet" not in str(error):
+            raise
+        wanted = [word.removesuffix("=...") for word in str(error).split() if word.endswith("=...")]
+        return compose(name, [*overrides, *(f"{key}=given" for key in wanted)])
+
+
+CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "trainer")}
+CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora"}
+
+
+@pytest.mark.parametrize("group", CHOSEN_BY)
+def test_every_choice_of_training_composes(group):
+    options = choices("train")[group]
+    assert options
+    for option in options:
+        check(filled("train", [f"{CHOSEN_BY[group]}={option}"]))
+
+
+def test_every_group_belongs_to_an_entry_point():
+    """A group that neither test above nor generate.py names would be dead."""
+    assert {group for group, options in choices("train").items() if options} <= {*CHOSEN_BY, "sampling", "logger", "pretrain"}
+
+
+def test_each_yaml_says_what_it_is_for():
+    """The first line, or the one after the package header, is a comment: the command that uses the file or what it chooses."""
+    for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
+        lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
+        if path.parent.name in ("conf", "experiment", "debug", "sweep"):
+            assert lines[0].startswith("# python "), f"{path.relative_to(ROOT)} does not open with the command that uses it"
