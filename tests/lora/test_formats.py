@@ -257,6 +257,40 @@ def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
         formats.from_tensors(formats.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)
 
 
+def test_alphas_of_a_diffusers_header(family, parts, lora):
+    """One value, exceptions by path and by pattern, as peft reads them; without a header alpha is the rank."""
+    config = parts.denoiser.config
+    tensors = formats.to_tensors(lora, "diffusers", family, config, torch.float32)
+    one, two = "mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"
+    settings = {"unet.lora_alpha": 8, "unet.alpha_pattern": {one: 0.5, r"attn2\.to_q": 3, "^" + two: 5}}
+    read = formats.from_tensors(tensors, {formats.ADAPTER_METADATA: json.dumps(settings)}, family, config).of("unet")
+    assert (read[one].alpha, read[two].alpha, read["down_blocks.1.attentions.0.proj_in"].alpha) == (0.5, 5.0, 8.0)
+    assert {layer.alpha for path, layer in read.items() if path.endswith("attn2.to_q")} == {3.0}
+    assert {layer.alpha for layer in formats.from_tensors(tensors, {}, family, config).layers.values()} == {4.0}
+
+
+@pytest.mark.parametrize("header", ["{", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "3"])
+def test_headers_that_make_no_sense(family, parts, lora, header):
+    tensors = formats.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
+    with pytest.raises(LoraError, match="lora_adapter_metadata cannot be understood"):
+        formats.from_tensors(tensors, {formats.ADAPTER_METADATA: header}, family, parts.denoiser.config)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({".alpha": torch.ones(2)}, "an alpha of 2 values"),
+        ({".lora_down.weight": torch.tensor(1.0)}, "no factors of one layer"),
+        ({".lora_down.weight": torch.ones(3, 8)}, "no factors of one layer"),
+    ],
+)
+def test_layers_that_make_no_sense_are_named(family, parts, lora, change, reason):
+    tensors = formats.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
+    tensors |= {f"lora_unet_middle_block_1_proj_in{end}": value for end, value in change.items()}
+    with pytest.raises(LoraError, match=rf"unet\.mid_block\.attentions\.0\.proj_in.*{reason}"):
+        formats.from_tensors(tensors, {}, family, parts.denoiser.config)
+
+
 def test_identify():
     assert formats.identify(["unet.x.lora_A.weight", "unet.x.lora_B.weight"]) == "diffusers"
     assert formats.identify(["lora_unet_x.alpha", "lora_unet_x.lora_down.weight"]) == "kohya"

@@ -162,12 +162,19 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fam
         raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
 
     said = _said_alphas(metadata, found)
-    layers = {}
-    for name, sides in found.items():
-        rank = sides["down"].shape[0]
-        alpha = sides["alpha"].item() if "alpha" in sides else said.get(name, rank)
-        layers[name] = LoraLayer(sides["down"].float(), sides["up"].float(), float(alpha))
-    return Lora(layers, dict(metadata))
+    return Lora({name: _layer(name, sides, said.get(name)) for name, sides in found.items()}, dict(metadata))
+
+
+def _layer(name: str, sides: Mapping[str, Tensor], said_alpha: float | None) -> LoraLayer:
+    down, up, alpha = sides["down"], sides["up"], sides.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise LoraError(f"{name} has an alpha of {alpha.numel()} values; it must be one.")
+    if alpha is None:
+        alpha = said_alpha if said_alpha is not None else down.shape[0] if down.ndim else 1
+    try:
+        return LoraLayer(down.float(), up.float(), float(alpha))
+    except LoraError as error:
+        raise LoraError(f"{name}: {error}") from error
 
 
 def _said_alphas(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, float]:
@@ -176,19 +183,25 @@ def _said_alphas(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str,
         return {}
     try:
         settings = json.loads(metadata[ADAPTER_METADATA])
-    except json.JSONDecodeError as error:
-        raise LoraError(f"Its header's {ADAPTER_METADATA} is no JSON: {error}") from error
-    for setting in ("use_rslora", "use_dora", "lora_bias"):
-        if on := [key for key, value in settings.items() if key.endswith(f".{setting}") and value]:
-            raise LoraError(f"It was trained with {some(on)}, which cannot be read.")
-    alphas = {}
-    for name in names:
-        component, _, path = name.partition(".")
-        if f"{component}.lora_alpha" in settings:
-            patterns = settings.get(f"{component}.alpha_pattern") or {}
-            matching = (alpha for pattern, alpha in patterns.items() if pattern in path and re.match(rf"(.*\.)?({pattern})$", path))
-            alphas[name] = next(matching, settings[f"{component}.lora_alpha"])
-    return alphas
+        unreadable = [key for key, value in settings.items() if value and key.endswith((".use_rslora", ".use_dora", ".lora_bias"))]
+        if unreadable:
+            raise LoraError(f"It was trained with {some(unreadable)}, which cannot be read.")
+        components = {key.removesuffix(".lora_alpha"): value for key, value in settings.items() if key.endswith(".lora_alpha")}
+        patterns = {component: settings.get(f"{component}.alpha_pattern") or {} for component in components}
+        compiled = {component: [(re.compile(rf"(.*\.)?({key})$"), key) for key in patterns[component]] for component in components}
+        alphas = {}
+        for name in names:
+            component, _, path = name.partition(".")
+            if component in components:
+                # peft's rule: the first pattern that fits the end of the path. Most patterns are the path itself.
+                bare, said = path.removeprefix(TEXT_PREFIX), patterns[component]
+                key = bare if bare in said else next((key for pattern, key in compiled[component] if pattern.match(path)), None)
+                alphas[name] = float(components[component] if key is None else said[key])
+        return alphas
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        if isinstance(error, LoraError):
+            raise
+        raise LoraError(f"Its header's {ADAPTER_METADATA} cannot be understood: {error}") from error
 
 
 # ---- writing ----
