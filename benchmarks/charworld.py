@@ -81,7 +81,13 @@ def character(number: int, folder: Path) -> dict:
     """`python train.py data.source=charworld:N` as a user runs it, and what its LoRA's pictures show of the character's traits."""
     run_dir = folder / f"character-{number}"
     if not (run_dir / "result.json").exists():
-        command = [sys.executable, str(ROOT / "train.py"), f"data.source=charworld:{number}", f"run_dir={run_dir}", f"cache_dir={folder / 'cache'}"]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"data.source=charworld:{number}",
+            f"run_dir={run_dir}",
+            f"cache_dir={folder / 'cache'}",
+        ]
         subprocess.run(command, check=True, cwd=folder)
     result = json.loads((run_dir / "result.json").read_text())
     return result | {"number": number, "who": describe(number), "traits": traits(number, result)}
@@ -152,13 +158,18 @@ def page(base: dict, characters: list[dict]) -> str:
     table = []
     for c in characters:
         i, f, t = c["identity"], c["prompt_following"], c["traits"]
+        seen = f"{t['lora']:.2f} / {t['real']:.2f} | {f['lora']:.2f} / {f['base']:.2f}"
         table.append(
-            f"| {c['number']} | {c['who']} | {i['floor']:.2f} | {i['base']:.2f} | **{i['lora']:.2f}** | {i['ceiling']:.2f} | {i['gain']:.2f} "
-            f"| {t['lora']:.2f} / {t['real']:.2f} | {f['lora']:.2f} / {f['base']:.2f} | {c['best_step']} | {c['seconds'] / 60:.1f} |"
+            f"| {c['number']} | {c['who']} | {i['floor']:.2f} | {i['base']:.2f} | **{i['lora']:.2f}** | {i['ceiling']:.2f} "
+            f"| {i['gain']:.2f} | {seen} | {c['best_step']} | {c['seconds'] / 60:.1f} |"
         )
     gain, ratio = mean(c["identity"]["gain"] for c in characters), mean(c["prompt_following"]["ratio"] for c in characters)
     kept = mean(c["traits"]["lora"] / c["traits"]["real"] for c in characters)
-    verdict = "reached" if gain >= BARS["gain"] and ratio >= BARS["prompt_following"] and kept >= BARS["identity_attributes"] else "not reached yet"
+    verdict = (
+        "reached"
+        if gain >= BARS["gain"] and ratio >= BARS["prompt_following"] and kept >= BARS["identity_attributes"]
+        else "not reached yet"
+    )
     return f"""# Charworld: the embedded default
 
 CharForgeX carries a small world of drawn characters, and tiny models of SDXL's own classes trained on it, so that everything can be shown

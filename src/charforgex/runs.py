@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -65,7 +66,7 @@ def remove_unfinished(folder: str | os.PathLike) -> list[Path]:
     """Deletes what killed processes left unfinished under `folder`, and says what. Only for a folder that nobody else is writing to."""
     leftovers = sorted(Path(folder).rglob(f"{TEMPORARY}*"))
     for path in leftovers:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return leftovers
 
 

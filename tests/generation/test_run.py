@@ -170,7 +170,7 @@ def test_loras_are_checked_before_weights_load(weightless, tmp_path):
         charforgex.generate(lora=silent, **ask)
 
     other = lora_file(tmp_path / "other.safetensors", weightless, **{"charforgex.family": "flux"})
-    with pytest.raises(ConfigError, match="family=flux is unknown"):
+    with pytest.raises(ConfigError, match=r"family\.name=flux is unknown"):
         charforgex.generate(lora=other, **ask)
     with pytest.raises(LoraError, match=r"other.safetensors is for flux and not for sdxl"):
         charforgex.generate(lora=other, family="sdxl", base=weightless, **ask)

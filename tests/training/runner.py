@@ -1,9 +1,10 @@
 """Runs trainings in forked processes: everything heavy is imported once, so that killing many of them takes seconds.
 
-    python -m tests.training.runner        reads lines of JSON {"overrides": [...], "kill_after": seconds | null, "signal": 9}
-                                           writes a line of JSON {"status": exit code, or minus the signal, "seconds": ...} for each
+python -m tests.training.runner        reads lines of JSON {"overrides": [...], "kill_after": seconds | null, "signal": 9}
+                                       writes a line of JSON {"status": exit code, or minus the signal, "seconds": ...} for each
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -54,10 +55,8 @@ def main() -> None:
         if job.get("kill_after") is not None:
             while time.monotonic() - started < job["kill_after"] and os.waitpid(pid, os.WNOHANG) == (0, 0):
                 time.sleep(0.002)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, job.get("signal", signal.SIGKILL))
-            except ProcessLookupError:
-                pass
         try:
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from charforgex.errors import CheckpointError
+from charforgex.runs import remove_unfinished
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, prune, saved_steps
 
 
@@ -54,7 +55,7 @@ def test_a_save_cut_short_leaves_no_checkpoint_and_no_rubbish(tmp_path, monkeypa
         save(tmp_path, 3)
     monkeypatch.undo()
     assert saved_steps(tmp_path) == []
-    prune(tmp_path, 2, set())
+    assert len(remove_unfinished(tmp_path)) >= 1
     assert list(tmp_path.iterdir()) == []
 
 

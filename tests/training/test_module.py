@@ -27,7 +27,7 @@ class Toy(StepModule):
         self.w, self.bad = self_weight, bad
 
     def losses(self, micro, key):
-        seed, step, *_, attempt = key
+        _, step, *_, attempt = key
         return (self.w - micro).square() * (float("nan") if self.bad(step, attempt) else 1.0)
 
 

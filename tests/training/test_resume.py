@@ -24,7 +24,12 @@ class Runner:
     def __init__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CHARFORGEX_DEBUG": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.runner"], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.training.runner"],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self.process.stdout.readline() == "ready\n"
 
@@ -116,7 +121,7 @@ def test_asked_to_stop_it_saves_and_says_so(runner, undisturbed, tmp_path, numbe
 
 
 def test_a_broken_last_checkpoint_falls_back_to_the_one_before(runner, undisturbed, tmp_path):
-    first, seconds = undisturbed
+    first, _ = undisturbed
     run_dir = tmp_path / "broken"
     assert runner(run_dir, kill_at_save=14)["status"] == -signal.SIGKILL  # 3 files each: steps 0, 3, 6, 9 are whole
     newest = saved_steps(run_dir / "checkpoints")[0]

@@ -228,7 +228,15 @@ class Figure:
             case "pigtails":
                 for s in (-1, 1):
                     x = s * (w + 0.1)
-                    canvas.fill(curve((x, -0.5), (x + s * 0.85, -0.75, x + s * 0.6, 0.6), (x + s * 0.3, 1.2, x + s * 0.1, 0.9), (x + s * 0.25, 0.3, x, -0.15)), dark)
+                    canvas.fill(
+                        curve(
+                            (x, -0.5),
+                            (x + s * 0.85, -0.75, x + s * 0.6, 0.6),
+                            (x + s * 0.3, 1.2, x + s * 0.1, 0.9),
+                            (x + s * 0.25, 0.3, x, -0.15),
+                        ),
+                        dark,
+                    )
                     canvas.oval(x + s * 0.05, -0.4, 0.15, 0.15, COLOUR["red"])
             case "spiky":
                 points = []
@@ -241,7 +249,7 @@ class Figure:
 
     def body(self, canvas: Canvas) -> None:
         cloth, dark = self.cloth, shade(self.cloth, 0.74)
-        if self.i.skin and self.c.garment_colour == "black":
+        if self.c.garment_colour == "black":
             dark = shade(cloth, 1.25)
         sw = 1.12 if self.i.kind == "woman" else 1.32
         for side in (-1, 1):
@@ -261,10 +269,17 @@ class Figure:
             case "hoodie":
                 canvas.stroke(curve((-0.58, 1.02), (-0.5, 1.5, 0, 1.54), (0.5, 1.5, 0.58, 1.02)), 0.3, dark)
                 for side in (-1, 1):
-                    canvas.stroke([(side * 0.2, 1.62), (side * 0.2, 2.05)], 0.09, (240, 240, 240) if self.c.garment_colour != "white" else (120, 120, 130))
+                    canvas.stroke(
+                        [(side * 0.2, 1.62), (side * 0.2, 2.05)],
+                        0.09,
+                        (240, 240, 240) if self.c.garment_colour != "white" else (120, 120, 130),
+                    )
             case "suit":
                 canvas.fill([(-0.36, 1.02), (0.36, 1.02), (0, 2.4)], (248, 248, 248))
-                canvas.fill([(-0.12, 1.2), (0.12, 1.2), (0.15, 2.0), (0, 2.3), (-0.15, 2.0)], (176, 30, 42) if self.c.garment_colour != "red" else (40, 40, 60))
+                canvas.fill(
+                    [(-0.12, 1.2), (0.12, 1.2), (0.15, 2.0), (0, 2.3), (-0.15, 2.0)],
+                    (176, 30, 42) if self.c.garment_colour != "red" else (40, 40, 60),
+                )
                 for side in (-1, 1):
                     canvas.fill([(side * 0.3, 1.02), (side * 0.68, 1.2), (side * 0.5, 1.6), (0, 2.5)], dark)
             case "striped shirt":
@@ -287,14 +302,23 @@ class Figure:
             x = side * (w + 0.03) - 0.1 * self.c.yaw
             canvas.oval(x, 0.16, 0.16, 0.22, shade(skin, 0.82))
         jaw, low = 0.6 + 0.16 * self.i.jaw, 0.62 + 0.1 * self.i.jaw
-        self.face = curve((-w, 0), (-w, -h * 0.62, -w * 0.6, -h, 0, -h), (w * 0.6, -h, w, -h * 0.62, w, 0), (w, low, jaw * w, h, 0, h), (-jaw * w, h, -w, low, -w, 0))
+        self.face = curve(
+            (-w, 0),
+            (-w, -h * 0.62, -w * 0.6, -h, 0, -h),
+            (w * 0.6, -h, w, -h * 0.62, w, 0),
+            (w, low, jaw * w, h, 0, h),
+            (-jaw * w, h, -w, low, -w, 0),
+        )
         canvas.fill(self.face, skin)
         blush = mix(skin, (240, 80, 80), 0.28)
         for side in (-1, 1):
             canvas.oval(side * 0.5 + dx, 0.42, 0.16, 0.1, blush)
         if self.i.beard == "full beard":
             inner = curve((w, 0.1), (w, low, jaw * w, h + 0.04, 0, h + 0.06), (-jaw * w, h + 0.04, -w, low, -w, 0.1))
-            canvas.fill(np.concatenate([inner, curve((-w, 0.1), (-w * 0.7, 0.46, dx - 0.2, 0.42), (dx + 0.2, 0.42), (w * 0.7, 0.46, w, 0.1))]), self.hair_dark)
+            canvas.fill(
+                np.concatenate([inner, curve((-w, 0.1), (-w * 0.7, 0.46, dx - 0.2, 0.42), (dx + 0.2, 0.42), (w * 0.7, 0.46, w, 0.1))]),
+                self.hair_dark,
+            )
         if self.i.mark == "freckles":
             colour = mix(skin, (110, 46, 20), 0.7)
             for side in (-1, 1):
@@ -327,7 +351,11 @@ class Figure:
             inner = {"angry": 0.14, "sad": -0.13}.get(expression, 0)
             arch = 0.05 + 0.04 * self.i.brow
             thick = (0.06 if self.i.kind == "woman" else 0.1) + 0.025 * self.i.brow
-            canvas.stroke(curve((x - side * 0.19, height + inner), (x, height - arch + inner * 0.3, x + side * 0.21, height + 0.03 - inner * 0.5)), thick, brow_colour)
+            canvas.stroke(
+                curve((x - side * 0.19, height + inner), (x, height - arch + inner * 0.3, x + side * 0.21, height + 0.03 - inner * 0.5)),
+                thick,
+                brow_colour,
+            )
         nose = 0.36 + 0.05 * self.i.nose_length
         canvas.oval(dx * 1.25, nose, 0.085, 0.06 + 0.02 * self.i.nose_length, shade(self.skin, 0.7))
 
@@ -337,14 +365,28 @@ class Figure:
         woman = self.i.kind == "woman"
         lip = (200, 44, 60) if woman else shade(self.skin, 0.45)
         if self.i.beard != "none":
-            canvas.fill(curve((x, y - 0.16), (x + 0.3, y - 0.2, x + 0.46, y + 0.03), (x, y - 0.04), (x - 0.46, y + 0.03), (x - 0.3, y - 0.2, x, y - 0.16)), shade(self.hair_dark, 0.8))
+            canvas.fill(
+                curve(
+                    (x, y - 0.16),
+                    (x + 0.3, y - 0.2, x + 0.46, y + 0.03),
+                    (x, y - 0.04),
+                    (x - 0.46, y + 0.03),
+                    (x - 0.3, y - 0.2, x, y - 0.16),
+                ),
+                shade(self.hair_dark, 0.8),
+            )
             y += 0.04
         if self.c.expression == "surprised" or self.c.talk > 0.05:
             size = 0.16 if self.c.expression == "surprised" else 0.16 * self.c.talk
             canvas.oval(x, y + 0.05, 0.13, size, (96, 20, 32))
             canvas.ring(x, y + 0.05, 0.13, size, 0.05, lip)
         elif self.c.expression == "laughing":
-            shape = curve((x - half, y - 0.06), (x + half, y - 0.06), (x + half * 0.8, y + 0.34, x, y + 0.34), (x - half * 0.8, y + 0.34, x - half, y - 0.06))
+            shape = curve(
+                (x - half, y - 0.06),
+                (x + half, y - 0.06),
+                (x + half * 0.8, y + 0.34, x, y + 0.34),
+                (x - half * 0.8, y + 0.34, x - half, y - 0.06),
+            )
             canvas.fill(shape, (116, 24, 36))
             canvas.fill([(x - half, y - 0.07), (x + half, y - 0.07), (x + half * 0.85, y + 0.06), (x - half * 0.85, y + 0.06)], WHITE)
             canvas.stroke(shape, 0.045, lip, closed=True)
@@ -359,7 +401,9 @@ class Figure:
         e, top = w + 0.07, -h - self.volume
 
         def cap(side_y: float, *hairline) -> None:
-            canvas.fill(curve((-e, side_y), (-e, top * 0.72, -e * 0.6, top, 0, top), (e * 0.6, top, e, top * 0.72, e, side_y), *hairline), self.hair)
+            canvas.fill(
+                curve((-e, side_y), (-e, top * 0.72, -e * 0.6, top, 0, top), (e * 0.6, top, e, top * 0.72, e, side_y), *hairline), self.hair
+            )
 
         match self.i.hair:
             case "bald":
@@ -368,9 +412,27 @@ class Figure:
             case "short":
                 cap(0.0, (w * 0.86, -0.3), (w * 0.5 + dx, -0.62, dx - 0.1, -0.42), (-w * 0.5 + dx, -0.62, -w * 0.86, -0.3))
             case "spiky":
-                cap(-0.1, (w * 0.8, -0.3), (dx + 0.42, -0.62), (dx + 0.2, -0.26), (dx, -0.62), (dx - 0.24, -0.26), (dx - 0.42, -0.62), (-w * 0.8, -0.3))
+                cap(
+                    -0.1,
+                    (w * 0.8, -0.3),
+                    (dx + 0.42, -0.62),
+                    (dx + 0.2, -0.26),
+                    (dx, -0.62),
+                    (dx - 0.24, -0.26),
+                    (dx - 0.42, -0.62),
+                    (-w * 0.8, -0.3),
+                )
             case "mohawk":
-                canvas.fill(curve((-w, -0.2), (-w, -h * 0.68, -w * 0.6, -h - 0.02, 0, -h - 0.02), (w * 0.6, -h - 0.02, w, -h * 0.68, w, -0.2), (w * 0.7, -0.66, 0, -0.62), (-w * 0.7, -0.66, -w, -0.2)), mix(self.skin, self.hair_dark, 0.4))
+                canvas.fill(
+                    curve(
+                        (-w, -0.2),
+                        (-w, -h * 0.68, -w * 0.6, -h - 0.02, 0, -h - 0.02),
+                        (w * 0.6, -h - 0.02, w, -h * 0.68, w, -0.2),
+                        (w * 0.7, -0.66, 0, -0.62),
+                        (-w * 0.7, -0.66, -w, -0.2),
+                    ),
+                    mix(self.skin, self.hair_dark, 0.4),
+                )
                 canvas.fill(curve((-0.24, -0.5), (-0.3, -h - 0.5, 0, -h - 0.62), (0.3, -h - 0.5, 0.24, -0.5)), self.hair)
                 return
             case "bob" | "long":
@@ -378,11 +440,24 @@ class Figure:
                 if self.i.hair == "bob":
                     cap(low, (w * 0.84, low), (w * 0.86, -0.24), (dx, -0.36, -w * 0.86, -0.24), (-w * 0.84, low))
                 else:
-                    cap(low, (w * 0.86, low), (w * 0.82, -0.2), (w * 0.4, -0.66, dx * 0.6, -0.74), (-w * 0.4, -0.66, -w * 0.82, -0.2), (-w * 0.86, low))
+                    cap(
+                        low,
+                        (w * 0.86, low),
+                        (w * 0.82, -0.2),
+                        (w * 0.4, -0.66, dx * 0.6, -0.74),
+                        (-w * 0.4, -0.66, -w * 0.82, -0.2),
+                        (-w * 0.86, low),
+                    )
             case "curly":
                 for k in range(8):
                     a = math.pi * (1.03 + 0.94 * k / 7)
-                    canvas.oval((w - 0.02) * math.cos(a) + dx * 0.2, -0.2 + (h - 0.18) * math.sin(a), 0.28, 0.26, self.hair if k % 2 else self.hair_light)
+                    canvas.oval(
+                        (w - 0.02) * math.cos(a) + dx * 0.2,
+                        -0.2 + (h - 0.18) * math.sin(a),
+                        0.28,
+                        0.26,
+                        self.hair if k % 2 else self.hair_light,
+                    )
                 return
             case "bun":
                 cap(-0.05, (w * 0.84, -0.5, dx * 0.5, -0.64), (-w * 0.84, -0.5, -e, -0.05))
@@ -399,12 +474,19 @@ class Figure:
         for side in (-1, 1):
             x = side * (self.eye_x + 0.02) + dx
             if sun:
-                canvas.fill(curve((x - 0.31, y - 0.2), (x + 0.31, y - 0.2), (x + 0.34, y + 0.34, x, y + 0.32), (x - 0.34, y + 0.34, x - 0.31, y - 0.2)), colour)
+                canvas.fill(
+                    curve(
+                        (x - 0.31, y - 0.2), (x + 0.31, y - 0.2), (x + 0.34, y + 0.34, x, y + 0.32), (x - 0.34, y + 0.34, x - 0.31, y - 0.2)
+                    ),
+                    colour,
+                )
                 canvas.stroke([(x - 0.15, y - 0.08), (x - 0.02, y - 0.08)], 0.06, (120, 124, 140))
             elif self.i.glasses == "round":
                 canvas.ring(x, y + 0.01, 0.31, 0.31, 0.09, colour)
             else:
-                canvas.stroke([(x - 0.31, y - 0.24), (x + 0.31, y - 0.24), (x + 0.31, y + 0.27), (x - 0.31, y + 0.27)], 0.09, colour, closed=True)
+                canvas.stroke(
+                    [(x - 0.31, y - 0.24), (x + 0.31, y - 0.24), (x + 0.31, y + 0.27), (x - 0.31, y + 0.27)], 0.09, colour, closed=True
+                )
             canvas.stroke([(side * (self.eye_x + 0.32) + dx, y), (side * self.width, y + 0.02)], 0.07, colour)
         canvas.stroke([(dx - 0.06, y), (dx + 0.06, y)], 0.08, colour)
 
@@ -425,9 +507,14 @@ class Figure:
                 canvas.box(-0.6, -0.92, 0.6, -0.7, dark)
                 canvas.oval(0, -0.62, 1.08, 0.14, colour)
             case "crown":
-                canvas.fill([(-0.62, -0.6), (-0.7, -h - 0.45), (-0.34, -h - 0.1), (0, -h - 0.58), (0.34, -h - 0.1), (0.7, -h - 0.45), (0.62, -0.6)], (252, 204, 44))
+                canvas.fill(
+                    [(-0.62, -0.6), (-0.7, -h - 0.45), (-0.34, -h - 0.1), (0, -h - 0.58), (0.34, -h - 0.1), (0.7, -h - 0.45), (0.62, -0.6)],
+                    (252, 204, 44),
+                )
                 canvas.oval(0, -0.85, 0.1, 0.1, (212, 30, 60))
             case "cat ears":
                 for side in (-1, 1):
                     canvas.fill([(side * 0.18, -h + 0.02), (side * 0.68, -h - 0.62), (side * 0.86, -0.48)], colour)
-                    canvas.fill([(side * 0.36, -h + 0.06), (side * 0.63, -h - 0.34), (side * 0.72, -0.6)], mix(colour, (255, 180, 196), 0.65))
+                    canvas.fill(
+                        [(side * 0.36, -h + 0.06), (side * 0.63, -h - 0.34), (side * 0.72, -0.6)], mix(colour, (255, 180, 196), 0.65)
+                    )

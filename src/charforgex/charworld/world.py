@@ -168,7 +168,7 @@ EXPRESSION_WORDS = {
     "neutral": "with a neutral face", "smiling": "smiling", "laughing": "laughing", "sad": "looking sad",
     "surprised": "looking surprised", "angry": "looking angry", "winking": "winking", "sleeping": "with closed eyes",
 }  # fmt: skip
-SYLLABLES = tuple("ba bo da di fo ga ka ki la lo lu ma mi mo na ni no ra ri ro sa so ta ti to va vo za zi zu".split())
+SYLLABLES = tuple(c + v for c in "bdfgklmnrstvz" for v in "aio")
 
 
 def invent_name(rng: random.Random) -> str:
@@ -178,6 +178,10 @@ def invent_name(rng: random.Random) -> str:
 
 def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def garment_words(garment: str, colour: str) -> str:
+    return f"overalls over {article(colour)} shirt" if garment == "overalls" else article(f"{colour} {garment}")
 
 
 def identity_phrases(identity: Identity) -> dict[str, str]:
@@ -232,8 +236,7 @@ def caption(
         words.append(EXPRESSION_WORDS[context.expression])
         note("expression")
     if said(max(keep, 0.9) if rng else 1):
-        over = context.garment == "overalls"
-        words.append("wearing " + (f"overalls over {article(context.garment_colour)} shirt" if over else article(f"{context.garment_colour} {context.garment}")))  # fmt: skip
+        words.append("wearing " + garment_words(context.garment, context.garment_colour))
         note("garment", "garment_colour")
     if said(max(keep, 0.9) if rng else 1):
         plain = context.scene == "plain"
@@ -245,14 +248,16 @@ def caption(
 def read_prompt(prompt: str) -> dict[str, str]:
     """The context attributes that a prompt in charworld's words asks for: the inverse of `caption`, for measuring."""
     text = f" {prompt.lower()} "
-    asked = {"expression": name for name, words in EXPRESSION_WORDS.items() if words in text}
-    asked |= {"scene": name for name, words in SCENE_WORDS.items() if words in text}
-    asked |= {"frame": frame for frame in FRAMES if f" {frame} of " in text}
+    asked: dict[str, str] = {}
+    for name, phrases in (("expression", EXPRESSION_WORDS), ("scene", SCENE_WORDS)):
+        asked |= {name: value for value, words in phrases.items() if words in text}  # noqa: B035 - one at most
+    for frame in FRAMES:
+        if f" {frame} of " in text:
+            asked["frame"] = frame
     for colour in COLOURS:
         if f" {colour} background" in text:
             asked |= {"scene": "plain", "scene_colour": colour}
         for garment in GARMENTS:
-            words = f"overalls over {article(colour)} shirt" if garment == "overalls" else f" {colour} {garment}"
-            if words in text:
+            if garment_words(garment, colour).removeprefix("a ").removeprefix("an ") in text:
                 asked |= {"garment": garment, "garment_colour": colour}
     return asked

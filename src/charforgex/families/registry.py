@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl"}
 
 
-def get(name: str) -> Family:
-    """The family of that name. Raises ConfigError for any other name."""
+def check(name: str) -> None:
+    """Raises ConfigError for a name that is none."""
     if name not in FAMILIES:
         near = get_close_matches(str(name), FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FAMILIES)}."
-        raise ConfigError(f"family={name} is unknown; {hint}")
+        raise ConfigError(f"family.name={name} is unknown; {hint}")
+
+
+def get(name: str) -> Family:
+    """The family of that name. Raises ConfigError for any other name."""
+    check(name)
     module, _, cls = FAMILIES[name].partition(":")
     return getattr(import_module(module), cls)()

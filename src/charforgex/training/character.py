@@ -32,7 +32,7 @@ from charforgex.lora.metadata import build
 from charforgex.training import report
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
 from charforgex.training.curves import draw_curves
-from charforgex.training.knowing import Anchors, Knowing, Scores, as_metrics, plain
+from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
 from charforgex.training.logs import StepLog, read_log
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
@@ -82,7 +82,15 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
     settings = job.settings = with_trigger(settings, character.trigger)
-    data = bind(CharacterData, data_options(cfg), "data", source=character.source, trigger=character.trigger, cache=Path(cfg.cache_dir), seed=cfg.seed)
+    data = bind(
+        CharacterData,
+        data_options(cfg),
+        "data",
+        source=character.source,
+        trigger=character.trigger,
+        cache=Path(cfg.cache_dir),
+        seed=cfg.seed,
+    )
     if not data.val:
         raise DataError("No picture is held out, so nothing could tell whether the LoRA is the character; set data.val_count to 1 or more.")
 
@@ -96,10 +104,14 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
 
     start_run(job, data, going_on)
     made = data.prepare(
-        family, load_parts, weights={group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")},
-        pixel_multiple=family.pixel_multiple(parts), latent_stride=family.latent_stride(parts),
-        prompts=[*settings.evaluation.prompts, settings.sampling.negative], dtype=cfg.family.dtype,
-    )  # fmt: skip
+        family,
+        load_parts,
+        weights=encoder_hashes(cfg, family),
+        pixel_multiple=family.pixel_multiple(parts),
+        latent_stride=family.latent_stride(parts),
+        prompts=[*settings.evaluation.prompts, settings.sampling.negative],
+        dtype=cfg.family.dtype,
+    )
     module = make_module(job, family, parts, objective, data)
     show_plan(job, family, parts, objective, data, adapted, module, load_parts, made)
 
@@ -117,7 +129,9 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     )
     job.clock.save()
     if stopped is not None:
-        job.console.print(f"Stopped at step {module.step}; all is saved. The same command goes on from there, or: python train.py resume={run_dir}")
+        job.console.print(
+            f"Stopped at step {module.step}; all is saved. The same command goes on from there, or: python train.py resume={run_dir}"
+        )
         raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
     return finish(job, family, parts, data, module, measuring)
 
@@ -163,6 +177,11 @@ def load_base(cfg: DictConfig, family: Family, settings: Settings):
     if settings.trainer.gradient_checkpointing:
         parts.denoiser.enable_gradient_checkpointing()
     return parts, load_parts
+
+
+def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
+    """What identifies the encoders to the caches; nothing is loaded for it."""
+    return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
 
 
 def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
@@ -212,6 +231,7 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, load_pa
 
 
 def restore(job: Job, module: DenoiserModule, checkpoints: Path) -> None:
+    runs.remove_unfinished(job.run_dir)
     checkpoint, problems = load_last_good(checkpoints)
     for problem in problems:
         job.console.print(f"[yellow]{problem} Falling back to the one before.")
@@ -310,7 +330,9 @@ def other_pictures(source: str | None, data: CharacterData) -> list:
 # ---- after the last step ----
 
 
-def finish(job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule, measuring: Measuring) -> dict[str, Any]:
+def finish(
+    job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule, measuring: Measuring
+) -> dict[str, Any]:
     """Takes the best checkpoint, saves the LoRA in both formats, and the sheet, curves and result.json."""
     best, anchors, run_dir = measuring.best, measuring.anchors, job.run_dir
     path = run_dir / "checkpoints" / folder_name(best.step)
@@ -335,14 +357,24 @@ def finish(job: Job, family: Family, parts: Components, data: CharacterData, mod
     ratio = best.prompt_following / anchors.prompt_following if anchors.prompt_following else None
     gain = anchors.gain(best.identity)
     result = {
-        "lora": str(files["kohya"]), "lora_diffusers": str(files["diffusers"]), "trigger": job.character.trigger, "value": anchors.value(best),
+        "lora": str(files["kohya"]),
+        "lora_diffusers": str(files["diffusers"]),
+        "trigger": job.character.trigger,
+        "value": anchors.value(best),
         "identity": {"floor": anchors.floor, "base": anchors.base, "lora": best.identity, "ceiling": anchors.ceiling, "gain": gain},
         "prompt_following": {"base": anchors.prompt_following, "lora": best.prompt_following, "ratio": ratio},
-        "diversity": {"base": anchors.diversity, "lora": best.diversity}, "nearest_training_picture": best.nearest,
-        "validation": {"base": anchors.validation, "lora": best.validation}, "extra": {"base": anchors.extra, "lora": best.extra},
-        "best_step": best.step, "steps": measuring.history[-1].step, "seconds": job.clock.seconds(), "peak_memory_bytes": report.peak_memory_bytes(),
-        "sheet": str(run_dir / "sheet.png"), "curves": str(run_dir / "curves.png"), "config": str(run_dir / "config.yaml"),
-    }  # fmt: skip
+        "diversity": {"base": anchors.diversity, "lora": best.diversity},
+        "nearest_training_picture": best.nearest,
+        "validation": {"base": anchors.validation, "lora": best.validation},
+        "extra": {"base": anchors.extra, "lora": best.extra},
+        "best_step": best.step,
+        "steps": measuring.history[-1].step,
+        "seconds": job.clock.seconds(),
+        "peak_memory_bytes": report.peak_memory_bytes(),
+        "sheet": str(run_dir / "sheet.png"),
+        "curves": str(run_dir / "curves.png"),
+        "config": str(run_dir / "config.yaml"),
+    }
     runs.write_result(run_dir, result)
     show_result(job, result)
     return result
@@ -361,4 +393,6 @@ def show_result(job: Job, result: dict[str, Any]) -> None:
     ])  # fmt: skip
     for name, value in (("LoRA", result["lora"]), ("judge it", result["sheet"]), ("curves", result["curves"])):
         job.console.print(f" [bold]{name}[/]  {value}", soft_wrap=True, highlight=False)  # paths and commands are copied: never wrapped
-    job.console.print(f'\nUse it:\npython generate.py lora={result["lora"]} prompt="{prompt}"', soft_wrap=True, highlight=False, markup=False)
+    job.console.print(
+        f'\nUse it:\npython generate.py lora={result["lora"]} prompt="{prompt}"', soft_wrap=True, highlight=False, markup=False
+    )

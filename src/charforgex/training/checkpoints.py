@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from charforgex.errors import CheckpointError
+from charforgex.runs import TEMPORARY
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-UNFINISHED = ".tmp-"
 
 
 def folder_name(step: int) -> str:
@@ -51,7 +51,7 @@ class SafeCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None) -> None:
         path = Path(path)
-        temporary = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
+        temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in checkpoint["tensors"].items()}
@@ -106,9 +106,7 @@ def load_last_good(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def prune(folder: Path, keep: int, always: set[int]) -> None:
-    """Removes all but the `keep` newest checkpoints and those of the steps in `always`, and what kills left unfinished."""
+    """Removes all but the `keep` newest checkpoints and those of the steps in `always`."""
     for path in saved_steps(folder)[keep:]:
         if int(path.name.removeprefix("step-")) not in always:
             shutil.rmtree(path)
-    for path in Path(folder).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)

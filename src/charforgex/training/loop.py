@@ -14,7 +14,7 @@ from rich.console import Console
 from charforgex.errors import TrainingError
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good
 from charforgex.training.logs import StepLog
-from charforgex.training.module import MAX_SKIPPED, StepModule, NotFinite
+from charforgex.training.module import MAX_SKIPPED, NotFinite, StepModule
 from charforgex.training.settings import TrainerSettings
 from charforgex.training.steering import Asked, ProgressLine, Steering
 

@@ -73,7 +73,9 @@ class Pretraining(StepModule):
     """All parameters of `network`, with micro-batches whose first tensor is the pixels."""
 
     def __init__(self, network: nn.Module, frozen: Sequence[str] = (), **settings):
-        named = {n: p for n, p in network.named_parameters() if not n.startswith(tuple(frozen))} if frozen else dict(network.named_parameters())
+        named = (
+            {n: p for n, p in network.named_parameters() if not n.startswith(tuple(frozen))} if frozen else dict(network.named_parameters())
+        )
         super().__init__(named, **settings)
         self.network = network
 

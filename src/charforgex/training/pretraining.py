@@ -118,15 +118,29 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     with module.averaged():
         save_stage(options.stage, module, bank, out)
     pictures = module.step * options.batch_size * settings.trainer.accumulate
+    full = runs.provenance(seed=cfg.seed)
     provenance = {
-        "licence": "Apache-2.0", "made_by": "CharForgeX, on pictures drawn by CharForgeX", "command": "python train.py experiment=charworld_pretrain "
-        f"pretrain.stage={options.stage}", "seed": cfg.seed, "steps": module.step, "pictures_seen": pictures, "seconds": round(clock.seconds()),
-        "started_from": options.start, "measures": measures, **{k: runs.provenance(seed=cfg.seed)[k] for k in ("platform", "cpus", "versions")},
-    }  # fmt: skip
+        "licence": "Apache-2.0",
+        "made_by": "CharForgeX, on pictures drawn by CharForgeX",
+        "command": f"python train.py experiment=charworld_pretrain pretrain.stage={options.stage}",
+        "started_from": options.start,
+        "seed": cfg.seed,
+        "steps": module.step,
+        "pictures_seen": pictures,
+        "seconds": round(clock.seconds()),
+        "measures": measures,
+    } | {name: full[name] for name in ("platform", "cpus", "versions")}
     for folder in FOLDERS[options.stage]:
         runs.write_json(out / folder / "provenance.json", provenance)
         shutil.copyfile(ROOT / "LICENSE", out / folder / "LICENSE")
-    result = {"weights": str(out), "stage": options.stage, "steps": module.step, "measures": measures, "seconds": clock.seconds(), "value": 0.0}
+    result = {
+        "weights": str(out),
+        "stage": options.stage,
+        "steps": module.step,
+        "measures": measures,
+        "seconds": clock.seconds(),
+        "value": 0.0,
+    }
     runs.write_result(run_dir, result)
     console.print(f"Weights in {out}")
     return result
@@ -232,5 +246,3 @@ def write_index(folder: Path) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     runs.write_json(folder / "model_index.json", index | {name: [library.get(name, "transformers"), cls] for name, cls in classes.items()})
     runs.write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
-
-

@@ -34,7 +34,9 @@ def objective_lines(
     times = torch.cat([objective.times(4, process, "report", i) for i in range(250)])
     weights = process.weight(times, objective.weighting, objective.min_snr_gamma)
     loss = objective.kind if objective.kind == "mse" else f"pseudo-Huber, delta {objective.huber_delta:g}"
-    weighting = "none" if objective.weighting == "none" else f"min-SNR {objective.min_snr_gamma:g}: {weights.min():.3f} to {weights.max():.3f}"
+    weighting = (
+        "none" if objective.weighting == "none" else f"min-SNR {objective.min_snr_gamma:g}: {weights.min():.3f} to {weights.max():.3f}"
+    )
     return [
         ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}".replace("torch.", "")),
         ("target", process.describe()),
@@ -42,7 +44,8 @@ def objective_lines(
         ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}"),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale alpha/rank {lora.alpha / lora.rank:g}"),
         ("trains", f"{len(adapted)} layers, {trainable / 1e6:.2f} M parameters, such as {adapted[0]}"),
-        ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}, clip {optimizer.grad_clip:g}"),
+        ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}"),
+        ("gradients", f"clipped to norm {optimizer.grad_clip:g}" if optimizer.grad_clip else "not clipped"),
         ("EMA", f"{trainer.ema:g}" if trainer.ema else "off"),
         ("precision", trainer.precision),
     ]  # fmt: skip
@@ -54,7 +57,9 @@ def data_lines(family: Family, parts: Components, data: CharacterData, count: in
     shown = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
     lines = [("pictures", f"{len(data.train)} to train on, {len(data.val)} held out; sizes {shown}")]
     cut = [max(n for _, n in family.seen_text(parts, text)) for texts in data.texts.values() for text in texts]
-    lines.append(("captions", f"{sum(n > 0 for n in cut)} of {len(cut)} are cut off" + (f", by up to {max(cut)} tokens" if any(cut) else "")))
+    lines.append(
+        ("captions", f"{sum(n > 0 for n in cut)} of {len(cut)} are cut off" + (f", by up to {max(cut)} tokens" if any(cut) else ""))
+    )
     for number, prompt in enumerate(data.final_prompts(count)):
         lines.append((f"prompt {number + 1}", family.seen_text(parts, prompt)[0][0] or "(dropped)"))
     lines += [("skipped", f"{problem.path}: {problem.reason}") for problem in data.problems]

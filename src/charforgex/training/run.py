@@ -6,19 +6,21 @@ Nothing heavy is imported before the settings are known to be right.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charforgex import runs
 from charforgex.config import arguments, bind
 from charforgex.errors import ConfigError
+from charforgex.families import registry
 from charforgex.training.settings import (
     EvaluationSettings,
     FamilySettings,
     LoggerSettings,
     LoraSettings,
     OptimizerSettings,
+    RunSettings,
     SamplingSettings,
     TrainerSettings,
 )
@@ -42,6 +44,7 @@ class Settings:
 
 def check(cfg: DictConfig) -> Settings:
     """The settings, each in its type and range, or a ConfigError that names what is wrong. No model is loaded, no file read."""
+    bind(RunSettings, {field.name: cfg[field.name] for field in fields(RunSettings)}, "")
     settings = Settings(
         lora=bind(LoraSettings, cfg.lora, "lora"),
         optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
@@ -51,7 +54,7 @@ def check(cfg: DictConfig) -> Settings:
     )
     if not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
-    bind(FamilySettings, cfg.family, "family")
+    registry.check(bind(FamilySettings, cfg.family, "family").name)
     bind(LoggerSettings, cfg.logger, "logger")
     # These two have their schema where torch is, which a good config needs next anyway.
     from charforgex.data.datamodule import CharacterData

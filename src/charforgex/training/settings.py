@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from charforgex.config import Range
 from charforgex.errors import ConfigError
 
 Positive = Annotated[int, Range(at_least=1)]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys at the root."""
+
+    name: str
+    seed: Annotated[int, Range(at_least=0)]
+    runs_dir: Path
+    cache_dir: Path
+    run_dir: Path | None = None
+    resume: Path | None = None
+    fresh: bool = False
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"name={self.name} names files; use letters, digits, dots, - and _.")
 
 
 @dataclass(frozen=True)
