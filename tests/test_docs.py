@@ -1,0 +1,72 @@
+"""The documents tell the truth: their commands are settings that exist, their example runs, their tables list what is there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from charforgex.config import compose
+from charforgex.overrides import quote_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"python (train|generate)\.py((?: [^\n`#]*)?)")
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """(page, command, arguments) of every train.py and generate.py line in the documents."""
+    found = []
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            for command, arguments in COMMAND.findall(line):
+                found.append((page.name, command, arguments.split("  #")[0].strip()))
+    return found
+
+
+def words(arguments: str) -> list[str]:
+    import shlex
+
+    return [word for word in shlex.split(arguments) if not word.startswith("-")]
+
+
+@pytest.mark.parametrize(("page", "command", "arguments"), commands())
+def test_every_command_is_one_that_exists(page, command, arguments):
+    overrides = [word for word in words(arguments.rstrip(").,;")) if "=" in word]
+    sweep = any("," in word.partition("=")[2] and "[" not in word and " " not in word for word in overrides)
+    if sweep:  # python train.py -m lora.rank=4,8,16: each value alone
+        overrides = [word.split(",")[0] for word in overrides]
+    overrides = [word for word in overrides if not word.startswith("+sweep=")]
+    compose(command, quote_texts(overrides))
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) > 15
+
+
+def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
+    """As it is written, but on the tiny base."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    tiny = example.replace("charforgex.train(", 'charforgex.train(debug="tiny", ').replace('"steps": 200', '"steps": 2')
+    tiny = tiny.replace("charforgex.generate(", "charforgex.generate(width=32, height=32, steps=2, count=1, ")
+    assert tiny.count("tiny") == 1 and tiny.count("width=32") == 1
+    names: dict = {}
+    exec(tiny, names)
+    assert Path(names["run"]["lora"]).is_file()
+
+
+def test_result_json_is_documented_key_by_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import charforgex
+
+    charforgex.train(debug="tiny", trainer={"steps": 2}, run_dir="run")
+    written = json.loads(Path("run/result.json").read_text())
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8").split("## result.json")[1].split("\n## ")[0]
+    documented = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in page.splitlines() if row.startswith("| `")]
+    assert sorted(name for names in documented for name in names) == sorted(written)
+    nested = {
+        row.split("|")[1].strip(" `"): re.findall(r"`(\w+)`", row.split("|")[2]) for row in page.splitlines() if row.startswith("| `")
+    }
+    for name in ("identity", "prompt_following", "diversity", "validation", "extra"):
+        assert nested[name] == list(written[name]), name
