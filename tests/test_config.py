@@ -91,7 +91,7 @@ WRONG_TYPES = {bool: ["maybe", "2"], int: ["many", "[1,1]"], float: ["much", "na
 OUT_OF_RANGE = {
     "lora": "rank=0 rank=-4 rank=1.5 alpha=0",
     "optimizer": "lr=0 lr=-1e-4 lr=inf weight_decay=-0.1 warmup=-1 warmup=0.5 schedule=cosin name=adamx grad_clip=-1",
-    "trainer": "steps=0 steps=-5 steps=1.5 accumulate=0 precision=16 ema=1.0 ema=-0.1 checkpoint_every=0 keep=0 threads=-1",
+    "trainer": "steps=0 steps=-5 steps=1.5 accumulate=0 accelerator=tpu ema=1.0 ema=-0.1 checkpoint_every=0 keep=0 threads=-1",
     "evaluation": "every=0 seeds=0 times=0 times=2.5 prompts=[]",
     "sampling": "steps=0 guidance=-1 batch_size=0",
 }

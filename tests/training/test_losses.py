@@ -65,7 +65,7 @@ def test_the_loss_of_a_constant_error_is_its_weighted_square(kind):
     objective, key = Objective(weighting="min_snr"), ("seed", 3)
     clean, noise = batch().mean_BChw, objective.noise(batch().mean_BChw.shape, *key)
     family = Perfect(lambda noisy, t: process.target(clean, noise, t) + 0.5)
-    losses = objective.losses(family, None, process, batch(), *key, t_B=t_B)
+    losses = objective.losses(family, torch.nn.Linear(1, 1), process, batch(), *key, t_B=t_B)
     weight = 1.0 if kind == "epsilon" else 3.0856 / 4.0856
     assert losses.tolist() == pytest.approx([0.25 * weight] * 2, rel=1e-4)
 

@@ -36,7 +36,7 @@ def steps_of(*values):
 
 
 def run(module, steps, tmp_path, **settings):
-    settings = TrainerSettings(**({"steps": steps, "ema": 0.0, "checkpoint_every": 2, "accelerator": "cpu", "devices": 1} | settings))
+    settings = TrainerSettings(**({"steps": steps, "ema": 0.0, "checkpoint_every": 2, "accelerator": "cpu"} | settings))
     log = StepLog(tmp_path / "metrics.csv", module.step)
     return fit(module, tmp_path / "checkpoints", settings, [log], Console(quiet=True), lambda step: None, 1000, set)
 

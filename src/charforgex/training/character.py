@@ -41,7 +41,7 @@ from charforgex.training.optimizers import build_optimizer, schedule
 from charforgex.training.run import DEMO, Clock, Settings, data_options
 from charforgex.types import Components
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEMO_PICTURES = 30
 SPARE_BYTES = 64 << 20  # besides the checkpoints: samples, logs, curves
 
@@ -166,12 +166,23 @@ def with_trigger(settings: Settings, trigger: str | None) -> Settings:
     return replace(settings, evaluation=replace(evaluation, prompts=prompts))
 
 
+def choose_device(accelerator: str) -> str:
+    """The device that Lightning takes for `accelerator`; everything is loaded there, also for measuring before the first step."""
+    available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    chosen = next(name for name in available if available[name]) if accelerator == "auto" else accelerator
+    if not available[chosen]:
+        raise ConfigError(f"trainer.accelerator={accelerator} is not there; use trainer.accelerator=auto.")
+    return {"gpu": "cuda"}.get(chosen, chosen)
+
+
 def load_base(cfg: DictConfig, family: Family, settings: Settings):
     """The denoiser, and a function that loads other groups when they are needed."""
     dtype = DTYPES[cfg.family.dtype]
 
+    device = choose_device(settings.trainer.accelerator)
+
     def load_parts(groups: Sequence[str]) -> Components:
-        return family.load(cfg.family.source, groups, dtype, tokenizer=cfg.family.tokenizer)
+        return family.load(cfg.family.source, groups, dtype, device, tokenizer=cfg.family.tokenizer)
 
     parts = load_parts(["denoiser"])
     if settings.trainer.gradient_checkpointing:

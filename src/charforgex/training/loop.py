@@ -52,8 +52,8 @@ def fit(
         checkpoint, _ = load_last_good(folder)
         if len(reasons) > MAX_ROLLBACKS:
             raise TrainingError(
-                f"Training stopped: {MAX_SKIPPED} steps in a row were not finite, and {MAX_ROLLBACKS} roll-backs did not help "
-                f"({reasons[-1]}). The last good checkpoint is of step {checkpoint['step']}. Lower optimizer.lr, or use precision 32-true."
+                f"Training stopped: {MAX_SKIPPED} steps in a row were not finite, and {MAX_ROLLBACKS} roll-backs did not help: "
+                f"{reasons[-1]}. Step {checkpoint['step']} is saved. Lower optimizer.lr, or set family.dtype=float32."
             )
         module.attempt, module.skipped = module.attempt + 1, 0
         module.restore(checkpoint)
@@ -70,7 +70,7 @@ def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbac
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")  # the frozen base is
     return L.Trainer(
-        accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy, precision=settings.precision,
+        accelerator=settings.accelerator, devices=1,
         max_epochs=1, logger=list(loggers), callbacks=list(callbacks), plugins=[SafeCheckpointIO()], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, use_distributed_sampler=False,
     )  # fmt: skip

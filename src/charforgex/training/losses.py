@@ -39,6 +39,11 @@ def diffusion_loss(
     return weight_B.float() * mean
 
 
+def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to the frozen base's dtype, so that the float32 adapter's products cost no more than the base's."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: t ~ `timesteps`, noise, the family's prediction against the process's target.
@@ -89,6 +94,7 @@ class Objective:
         clean = batch.mean_BChw + batch.std_BChw * fresh
         noise = self.noise(clean.shape, *key).to(device)
         t_B = (self.times(len(batch), process, *key) if t_B is None else t_B).to(device)
-        prediction = family.denoise(denoiser, process.add_noise(clean, noise, t_B), t_B, batch.text, batch.crop)
+        with computing_in(next(denoiser.parameters()).dtype, device):
+            prediction = family.denoise(denoiser, process.add_noise(clean, noise, t_B), t_B, batch.text, batch.crop)
         weight = process.weight(t_B, self.weighting, self.min_snr_gamma)
         return diffusion_loss(prediction, process.target(clean, noise, t_B), weight, batch.mask_B1hw, self.kind, self.huber_delta)

@@ -154,7 +154,8 @@ class StepModule(L.LightningModule):
         for name, parameter in self.trainable.items():
             state = {}
             for key in {n.split("/", 2)[1] for n in tensors if n.startswith("optimizer/") and n.split("/", 2)[2] == name}:
-                state[key] = tensors[f"optimizer/{key}/{name}"].clone()
+                value = tensors[f"optimizer/{key}/{name}"].clone()
+                state[key] = value if key == "step" else value.to(parameter.device)  # torch keeps its counters on the CPU
             if state:
                 self.optimizer.state[parameter] = state
         self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])

@@ -47,7 +47,6 @@ def objective_lines(
         ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("gradients", f"clipped to norm {optimizer.grad_clip:g}" if optimizer.grad_clip else "not clipped"),
         ("EMA", f"{trainer.ema:g}" if trainer.ema else "off"),
-        ("precision", trainer.precision),
     ]  # fmt: skip
 
 

@@ -51,10 +51,7 @@ class OptimizerSettings:
 class TrainerSettings:
     steps: Positive = 1000
     accumulate: Positive = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    strategy: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     threads: Annotated[int, Range(at_least=0)] = 0  # of the CPU; 0 leaves it to torch
     gradient_checkpointing: bool = False
     ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
@@ -107,7 +104,7 @@ class FamilySettings:
     source: str
     recipe: Recipe
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
