@@ -27,7 +27,7 @@ from charforgex.draws import python_rng
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.loading import quiet, weights_hash
-from charforgex.training import pretrain, report
+from charforgex.training import report, stages
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
@@ -165,13 +165,13 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
         case "vae" | "decoder":
             if options.stage == "decoder" and start is None:
                 raise ConfigError("pretrain.stage=decoder goes on from a VAE; set pretrain.start=embedded or a folder of weights.")
-            module = pretrain.VaeModule(load_vae(start) if start else None, decoder_only=options.stage == "decoder", **common)
+            module = stages.VaeModule(load_vae(start) if start else None, decoder_only=options.stage == "decoder", **common)
         case "text":
             if start is not None:
                 raise ConfigError("pretrain.stage=text starts from nothing: its heads are not kept; leave pretrain.start=null.")
-            module = pretrain.TextModule(**common)
+            module = stages.TextModule(**common)
         case "judge":
-            module = pretrain.JudgeModule(**common)
+            module = stages.JudgeModule(**common)
             if start is not None:
                 from charforgex.charworld.assets import load_judge
 
@@ -181,8 +181,8 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
             family = registry.get("sdxl")
             vae = weights_hash(family, str((start or ROOT) / "sdxl"), "vae")
             path = Path(cfg.cache_dir) / f"latents_{bank.name}_{vae[:16]}.npy"
-            latents = pretrain.encode_bank(family, parts, bank, path)
-            module = pretrain.BaseModule(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
+            latents = stages.encode_bank(family, parts, bank, path)
+            module = stages.BaseModule(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
     return module
 
 

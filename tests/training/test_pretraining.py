@@ -1,0 +1,79 @@
+"""Every stage of pre-training runs, resumes and leaves weights that load by the code that loads any base."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import charforgex
+from charforgex.charworld.assets import ROOT, load_judge
+from charforgex.errors import ConfigError
+from charforgex.families import registry
+
+
+def train(tmp_path, stage, steps=2, **settings):
+    options = {"stage": stage, "pictures": 600, "batch_size": 8, **settings}
+    return charforgex.train(
+        experiment="charworld_pretrain", pretrain=options, trainer={"steps": steps, "threads": 1}, runs_dir=str(tmp_path / "runs"),
+        cache_dir=str(tmp_path / "cache"), run_dir=str(tmp_path / stage),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pretraining")
+
+
+def provenance(result, part):
+    return json.loads((Path(result["weights"]) / part / "provenance.json").read_text())
+
+
+def test_judge(folder):
+    result = train(folder, "judge")
+    assert 0 <= result["measures"]["rank_1"] <= 1 and len(result["measures"]) > 10
+    judge = load_judge(folder / "judge" / "weights")
+    assert judge.embed(torch.zeros(1, 3, 64, 64)).norm().item() == pytest.approx(1, abs=1e-5)
+    assert provenance(result, "judge")["pictures_seen"] == 16
+
+
+def test_text(folder):
+    result = train(folder, "text")
+    assert {"caption_finds_picture", "pooled_attributes", "image_attributes"} <= set(result["measures"])
+    assert (folder / "text/weights/sdxl/text_encoder_2/model.safetensors").is_file()
+
+
+def test_base_goes_on_from_the_embedded_one_and_loads_like_any(folder):
+    result = train(folder, "base", start="embedded")
+    unet = registry.get("sdxl").load(str(ROOT / "sdxl"), ["denoiser"]).denoiser
+    from diffusers import UNet2DConditionModel
+
+    trained = UNet2DConditionModel.from_pretrained(folder / "base/weights/sdxl/unet", use_safetensors=True, torch_dtype=torch.float32)
+    differences = [(a - b).abs().max().item() for a, b in zip(unet.parameters(), trained.parameters(), strict=True)]
+    assert 0 < max(differences) < 0.2
+    assert provenance(result, "sdxl/unet")["started_from"] == "embedded"
+
+
+def test_decoder_leaves_the_encoder_as_it_is(folder):
+    train(folder, "decoder", start="embedded")
+    from diffusers import AutoencoderKL
+
+    before, after = (
+        AutoencoderKL.from_pretrained(root / "sdxl/vae", use_safetensors=True).state_dict() for root in (ROOT, folder / "decoder/weights")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
+
+def test_vae(folder):
+    result = train(folder, "vae")
+    assert 5 < result["measures"]["psnr"] < 30
+
+
+@pytest.mark.parametrize(("stage", "start", "words"), [("decoder", None, "pretrain.start"), ("text", "embedded", "start=null")])
+def test_a_start_that_makes_no_sense_is_refused(folder, stage, start, words):
+    with pytest.raises(ConfigError, match=words):
+        charforgex.train(
+            experiment="charworld_pretrain", pretrain={"stage": stage, "start": start, "pictures": 600}, run_dir=str(folder / "refused"),
+            cache_dir=str(folder / "cache"),
+        )  # fmt: skip
