@@ -9,15 +9,17 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 
 
-def child(overrides: list[str], kill_at_save: int | None) -> None:
-    """One training; `kill_at_save` kills it in the middle of writing its nth checkpoint."""
+def child(overrides: list[str], kill_at_save: int | None, signal_at_step: list | None) -> None:
+    """One training, which sends itself a signal: in the middle of the nth file of its checkpoints, or soon after its nth step began."""
     import torch
 
     from charforgex.cli import guarded
     from charforgex.training import checkpoints
+    from charforgex.training.module import StepModule
 
     torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -33,6 +35,18 @@ def child(overrides: list[str], kill_at_save: int | None) -> None:
             return write(path, data)
 
         checkpoints._write = half
+    if signal_at_step is not None:
+        number, fraction, which = signal_at_step
+        step, begun = StepModule.training_step, []
+
+        def watched(self, batch, index):
+            begun.append(time.monotonic())
+            if len(begun) == number:
+                last = begun[-1] - begun[-2] if number > 1 else 0.1
+                threading.Timer(fraction * last, os.kill, (os.getpid(), which)).start()
+            return step(self, batch, index)
+
+        StepModule.training_step = watched
     try:
         status = guarded("charforgex.training.run:train", "train", overrides, "train.py")
     except SystemExit as exit:
@@ -51,18 +65,18 @@ def main() -> None:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            child(job["overrides"], job.get("kill_at_save"))
+            child(job["overrides"], job.get("kill_at_save"), job.get("signal_at_step"))
         if job.get("kill_after") is not None:
             while time.monotonic() - started < job["kill_after"] and os.waitpid(pid, os.WNOHANG) == (0, 0):
                 time.sleep(0.002)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, job.get("signal", signal.SIGKILL))
+                os.kill(pid, signal.SIGKILL)
         try:
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             code = 0  # reaped above: it was done before it could be killed
-        print(json.dumps({"status": code, "seconds": time.monotonic() - started}), flush=True)
+        print(json.dumps({"status": code}), flush=True)
 
 
 if __name__ == "__main__":
