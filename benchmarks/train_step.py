@@ -456,6 +456,7 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
             clock = Clock(setup.steps, setup.on_gpu)
             sides[name](clock)
             seconds[name].append(clock.seconds())
+            print(f"round {number + 1} of {setup.rounds}: {name} {clock.seconds():.4f} s a step", flush=True)
 
     flops, rate = count_flops(setup, model, batches[0]), matrix_rate(setup)
     middle = statistics.median(seconds["ours"])
@@ -474,6 +475,7 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
             for name, job_seconds, peak in jobs(setup, script, model, pictures, folder / f"jobs-{number}"):
                 seconds.setdefault(name, []).append(job_seconds)
                 peaks.setdefault(name, []).append(peak)
+                print(f"whole job {number + 1}: {name} {job_seconds:.4f} s a step, peak {peak / 2**20:.0f} MiB", flush=True)
     return seconds, values
 
 

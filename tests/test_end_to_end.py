@@ -103,8 +103,8 @@ def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
     run("train.py", "debug=tiny", "logger=wandb", "logger.offline=true", folder=tmp_path)
     (run_dir,) = (tmp_path / "runs").glob("debug-*")
-    files = list(run_dir.rglob("run-*.wandb"))
-    assert files and files[0].stat().st_size > 1000
+    (file,) = run_dir.rglob("run-*.wandb")
+    assert file.stat().st_size > 1000
 
 
 def test_five_lines_of_python(tmp_path, monkeypatch):

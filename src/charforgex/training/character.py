@@ -133,7 +133,10 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
             f"Stopped at step {module.step}; all is saved. The same command goes on from there, or: python train.py resume={run_dir}"
         )
         raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
-    return finish(job, family, parts, data, module, measuring)
+    result = finish(job, family, parts, data, module, measuring)
+    if job.cfg.logger.wandb:
+        loggers[-1].experiment.finish()  # at exit, a loaded machine may end before its file is written
+    return result
 
 
 # ---- before the first step ----
