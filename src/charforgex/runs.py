@@ -51,7 +51,7 @@ def replace_atomic(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> Path:
@@ -70,7 +70,7 @@ def remove_unfinished(folder: str | os.PathLike) -> list[Path]:
     return leftovers
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """The new name itself must reach the disk. Windows has no such call and needs none."""
     if os.name == "nt":
         return

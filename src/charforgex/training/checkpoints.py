@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from charforgex.errors import CheckpointError
-from charforgex.runs import TEMPORARY
+from charforgex.runs import TEMPORARY, fsync_folder
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -36,16 +36,6 @@ def _write(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows has no such call and needs none
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class SafeCheckpointIO(CheckpointIO):
     """Saves and loads {"tensors": {name: Tensor}, **plain values}."""
 
@@ -61,11 +51,11 @@ class SafeCheckpointIO(CheckpointIO):
             STATE: _write(temporary / STATE, json.dumps(plain, indent=1).encode()),
         }
         _write(temporary / MANIFEST, json.dumps(hashes, indent=1).encode())
-        _sync_folder(temporary)
+        fsync_folder(temporary)
         if path.exists():  # the same step again, after a resume: both are whole, the new one wins
             shutil.rmtree(path)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        fsync_folder(path.parent)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Raises CheckpointError if a file is missing, unreadable, or not the one whose hash the manifest holds."""
