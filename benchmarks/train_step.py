@@ -255,10 +255,8 @@ def ours(setup: Setup, module: DenoiserModule, folder: Path) -> Side:
     def run(clock: Clock) -> None:
         place = folder / f"from-{module.step}"
         place.mkdir(parents=True)
-        settings = TrainerSettings(
-            steps=module.step + setup.steps, accelerator="gpu" if setup.on_gpu else "cpu",
-            ema=0.0, checkpoint_every=never,
-        )  # fmt: skip
+        accelerator = "gpu" if setup.on_gpu else "cpu"
+        settings = TrainerSettings(steps=module.step + setup.steps, accelerator=accelerator, ema=0.0, checkpoint_every=never)
         loggers = [StepLog(place / "metrics.csv"), TensorBoardLogger(place, name="tensorboard", version="")]
         handle = clock.at_optimizer()
         with (place / "output.txt").open("w") as output:
