@@ -17,14 +17,14 @@ from rich.console import Console
 from charforgex import runs
 from charforgex.config import bind
 from charforgex.curation.manifest import read_picture
-from charforgex.data.datamodule import CharacterData
+from charforgex.data.datamodule import CharacterData, LoadParts
 from charforgex.data.rendered import trigger_of, write_character
 from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation.alignment import get_follower
 from charforgex.evaluation.identity import get_embedder
 from charforgex.families import registry
 from charforgex.families.base import Family
-from charforgex.families.loading import quiet, weights_hash
+from charforgex.families.loading import load_components, quiet, weights_hash
 from charforgex.generation.schedulers import check_scheduler_name
 from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapter
@@ -94,11 +94,13 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     if not data.val:
         raise DataError("No picture is held out, so nothing could tell whether the LoRA is the character; set data.val_count to 1 or more.")
 
-    parts, load_parts = load_base(cfg, family, settings)
-    process = family.process(parts)
-    objective.check(process)
     targets = settings.lora.targets
     targets = family.lora_targets(targets) if isinstance(targets, str) else targets
+    load_parts = loader(cfg, family, choose_device(settings.trainer.accelerator))
+    objective.check(family.process(load_parts([])))  # the scheduler alone
+    parts = load_parts(["denoiser"])
+    if settings.trainer.gradient_checkpointing:
+        parts.denoiser.enable_gradient_checkpointing()
     adapted = inject(parts.denoiser, targets, settings.lora.rank, settings.lora.alpha, cfg.seed)
     check_disk(run_dir, adapter_parameters(parts.denoiser), settings.trainer.keep)
 
@@ -113,7 +115,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         dtype=cfg.family.dtype,
     )
     module = make_module(job, family, parts, objective, data)
-    show_plan(job, family, parts, objective, data, adapted, module, load_parts, made)
+    show_plan(job, family, parts, objective, data, adapted, module, made)
 
     checkpoints = run_dir / "checkpoints"
     if going_on:
@@ -178,19 +180,13 @@ def choose_device(accelerator: str) -> str:
     return {"gpu": "cuda"}.get(chosen, chosen)
 
 
-def load_base(cfg: DictConfig, family: Family, settings: Settings):
-    """The denoiser, and a function that loads other groups when they are needed."""
-    dtype = DTYPES[cfg.family.dtype]
-
-    device = choose_device(settings.trainer.accelerator)
+def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
+    """A function that loads groups of the base ("denoiser", "vae", "text") when they are needed, and always the scheduler."""
 
     def load_parts(groups: Sequence[str]) -> Components:
-        return family.load(cfg.family.source, groups, dtype, device, tokenizer=cfg.family.tokenizer)
+        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer)
 
-    parts = load_parts(["denoiser"])
-    if settings.trainer.gradient_checkpointing:
-        parts.denoiser.enable_gradient_checkpointing()
-    return parts, load_parts
+    return load_parts
 
 
 def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
@@ -230,11 +226,12 @@ def make_module(job: Job, family: Family, parts: Components, objective: Objectiv
     )  # fmt: skip
 
 
-def show_plan(job: Job, family, parts, objective, data, adapted, module, load_parts, made) -> None:
+def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -> None:
     """The effective objective, the data and the time that it will take."""
     s = job.settings
     trainable = sum(p.numel() for p in module.trainable.values())
-    tokenizers = load_parts(["text"])
+    names = [name for name in family.components["text"] if name.startswith("tokenizer")]
+    tokenizers = load_components(family, job.cfg.family.source, names, torch.float32, tokenizer=job.cfg.family.tokenizer)
     lines = report.objective_lines(family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable)
     report.show(job.console, "Objective", lines)
     report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
