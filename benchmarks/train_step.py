@@ -9,8 +9,10 @@ step_vs_floor        our step  against  forward and backward of the denoiser alo
 step_vs_diffusers    our step  against  a step of diffusers' example script, given by its path; each in a process of its own
 memory_vs_diffusers  the peak of those two processes up to their last step: encoding what there is to encode included
 
---scale mini is SDXL with all widths divided by 8 (41 M parameters) at 256 px; --scale real is SDXL itself, in bfloat16 at 1024 px, for
-a GPU: also steps a second, peak memory and the share of the chip's bfloat16 peak. --compile compiles all three in-process variants.
+--scale mini is SDXL with a quarter of its widths and one transformer block a place (40 M parameters, 88 adapted layers) at 256 px;
+deep an eighth of its widths at its full depth (40 M, 560 layers): what each layer costs besides its arithmetic weighs most there; real
+is SDXL itself, in bfloat16 at 1024 px, for a GPU: also steps a second, peak memory and the share of the chip's bfloat16 peak.
+--compile compiles all three in-process sides.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ GOALS = {"step_vs_plain.sdxl": 1.10, "step_vs_floor.sdxl": 1.25, "step_vs_diffus
 WARM_UP = 2  # steps that do not count
 PROMPT = "a portrait of a person"
 PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1}  # dense bfloat16 TFLOP/s, from the makers' data sheets
-SCALES = {  # widths divided by, resolution, pictures' side, steps a round, rounds
-    "quick": (16, 64, 128, 6, 2),
-    "mini": (8, 256, 1024, 10, 5),
-    "real": (1, 1024, 1024, 20, 3),
+SCALES = {  # widths divided by, transformer blocks a level, resolution, pictures' side, steps a round, rounds
+    "quick": (16, [1, 1, 2], 64, 128, 6, 2),
+    "mini": (4, [1, 1, 1], 256, 1024, 10, 5),
+    "deep": (8, [1, 2, 10], 256, 1024, 10, 5),
+    "real": (1, [1, 2, 10], 1024, 1024, 20, 3),
 }
 
 
@@ -124,7 +127,7 @@ def peak_bytes(on_gpu: bool) -> int:
 # ---- the model and the pictures ----
 
 
-def narrowed(name: str, config: dict, by: int, vocabulary: int) -> dict:
+def narrowed(name: str, config: dict, by: int, depth: list[int], vocabulary: int) -> dict:
     """SDXL's own config of a component with all widths divided, and the vocabulary of the tokenizers that need no download."""
     widths = {
         "unet": ("cross_attention_dim", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
@@ -135,8 +138,9 @@ def narrowed(name: str, config: dict, by: int, vocabulary: int) -> dict:
     config = config | {key: config[key] // by for key in widths}
     if name == "unet":
         config |= {"block_out_channels": [width // by for width in config["block_out_channels"]], "norm_num_groups": 32 if by == 1 else 4}
+        config |= {"transformer_layers_per_block": depth}
     elif name == "vae":
-        # at most by 4: that is the mini model on which the goals were set; it makes the VAE weigh more than in the real one
+        # at most by 4, which its group norms need; at a quarter of its widths it has the 5.3 M parameters that the goals were set on
         config |= {"block_out_channels": [width // min(by, 4) for width in config["block_out_channels"]]}
     else:
         config |= {"vocab_size": vocabulary}
@@ -153,14 +157,12 @@ def save_base(setup: Setup, folder: Path) -> None:
     from charforgex.families.tiny import clip_tokenizer
     from charforgex.types import Components
 
-    family, by = Sdxl(), SCALES[setup.scale][0]
+    family, (by, depth, *_) = Sdxl(), SCALES[setup.scale]
     dtype = getattr(torch, setup.dtype)
     modules = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     torch.manual_seed(0)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        config = narrowed(name, read_config(family.configs, name), by, len(modules["tokenizer"]))
-        if setup.scale == "quick" and name == "unet":
-            config |= {"transformer_layers_per_block": [1, 1, 2]}
+        config = narrowed(name, read_config(family.configs, name), by, depth, len(modules["tokenizer"]))
         with torch.device(setup.device):
             modules[name] = build(family, name, config).to(dtype)
     scheduler = read_config(family.configs, "scheduler")
@@ -436,7 +438,7 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
     torch.set_num_threads(setup.threads)
     model, pictures = folder / "model", folder / "pictures"
     save_base(setup, model)
-    draw_pictures(pictures, SCALES[setup.scale][2])
+    draw_pictures(pictures, SCALES[setup.scale][3])
     family = Sdxl()
     data = prepare_data(setup, model, pictures, folder / "cache")
     batches = [data.batch(number).to(setup.device) for number in range(setup.steps)]
@@ -497,7 +499,7 @@ def in_turn(ours_seconds: list[float], theirs: list[float]) -> float:
 def parse() -> tuple[Setup, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps; the numbers say little")
-    parser.add_argument("--scale", choices=["mini", "real"], default="mini")
+    parser.add_argument("--scale", choices=["mini", "deep", "real"], help="the model; mini if not given")
     parser.add_argument("--diffusers-script", type=Path, help="examples/dreambooth/train_dreambooth_lora_sdxl.py of a diffusers checkout")
     parser.add_argument("--device", help="cpu or cuda; cuda for --scale real, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the frozen base; bfloat16 for --scale real, else float32")
@@ -508,10 +510,10 @@ def parse() -> tuple[Setup, argparse.Namespace]:
     for name in ("resolution", "steps", "rounds"):
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
-    scale = "quick" if options.quick else options.scale
-    if options.quick and options.scale == "real":
-        parser.error("--quick has a scale of its own: leave --scale real out.")
-    _, resolution, _, steps, rounds = SCALES[scale]
+    scale = "quick" if options.quick else options.scale or "mini"
+    if options.quick and options.scale:
+        parser.error(f"--quick has a scale of its own: leave --scale {options.scale} out.")
+    _, _, resolution, _, steps, rounds = SCALES[scale]
     device = options.device or ("cuda" if scale == "real" else "cpu")
     setup = Setup(
         scale, device, options.dtype or ("bfloat16" if scale == "real" else "float32"), options.resolution or resolution,
