@@ -140,7 +140,7 @@ def narrowed(name: str, config: dict, by: int, depth: list[int], vocabulary: int
         config |= {"block_out_channels": [width // by for width in config["block_out_channels"]], "norm_num_groups": 32 if by == 1 else 4}
         config |= {"transformer_layers_per_block": depth}
     elif name == "vae":
-        # at most by 4, which its group norms need; at a quarter of its widths it has the 5.3 M parameters that the goals were set on
+        # at most by 4, which its group norms need; at a quarter of its widths it has 5.3 M parameters
         config |= {"block_out_channels": [width // min(by, 4) for width in config["block_out_channels"]]}
     else:
         config |= {"vocab_size": vocabulary}
