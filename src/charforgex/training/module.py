@@ -7,6 +7,7 @@ was not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,7 +85,8 @@ class StepModule(L.LightningModule):
             self.manual_backward(loss)
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.grad_clip or float("inf"))
-        finite = bool(torch.isfinite(norm) & torch.isfinite(total))
+        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # the step's one wait for the device
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.optimizers().step()
             self._update_ema()
@@ -96,9 +98,9 @@ class StepModule(L.LightningModule):
             parameter.grad = None
         self.step += 1
         rate = self.optimizer.param_groups[0]["lr"]
-        self.numbers = {"loss": total.item(), "grad_norm": norm.item(), "lr": rate} | ({} if finite else {"skipped": 1.0})
+        self.numbers = {"loss": loss_value, "grad_norm": norm_value, "lr": rate} | ({} if finite else {"skipped": 1.0})
         if self.skipped >= MAX_SKIPPED:
-            raise NotFinite(f"loss {total.item()} and gradient norm {norm.item()} in {self.skipped} steps up to step {self.step}")
+            raise NotFinite(f"loss {loss_value} and gradient norm {norm_value} in {self.skipped} steps up to step {self.step}")
 
     @torch.no_grad()
     def _update_ema(self) -> None:
