@@ -6,6 +6,7 @@ the base stays valid). Each runs through the loop that trains LoRAs: resumable a
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +234,9 @@ def _save(network: nn.Module, folder: Path) -> None:
     """A float16 copy; the network itself stays as it is."""
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    runs.write_json(folder / "config.json", config)
     network.float().load_state_dict(state)
 
 
