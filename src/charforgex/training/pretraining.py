@@ -112,6 +112,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     count = sum(p.numel() for p in module.trainable.values())
     report.show(console, "Pre-training", [("stage", options.stage), ("parameters", f"{count / 1e6:.2f} M"), ("folder", str(run_dir))])
     stopped = fit(module, run_dir / "checkpoints", settings.trainer, [log], console, measure, settings.evaluation.every, set)
+    clock.save()
     if stopped is not None:
         console.print(f"Stopped at step {module.step}; all is saved. The same command goes on from there.")
         raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
