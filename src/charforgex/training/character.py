@@ -137,7 +137,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
     result = finish(job, family, parts, data, module, measuring)
     if job.cfg.logger.wandb:
-        loggers[-1].experiment.finish()  # at exit, a loaded machine may end before its file is written
+        finish_wandb(loggers[-1].experiment, bool(job.cfg.logger.offline), job.console)
     return result
 
 
@@ -270,6 +270,14 @@ def make_loggers(job: Job) -> list:
             raise ConfigError('logger.wandb=true needs wandb: pip install ".[wandb]".') from error
         loggers.append(logger)
     return loggers
+
+
+def finish_wandb(run, offline: bool, console: Console) -> None:
+    """Ends the W&B run now: at the interpreter's exit, a loaded machine may end before its file is written."""
+    folder = Path(run.dir).parent
+    run.finish()
+    if offline and not list(folder.glob("*.wandb")):
+        console.print(f"[yellow]W&B wrote no run file into {folder}; metrics.csv in the run folder has every number.", soft_wrap=True)
 
 
 # ---- while it trains ----

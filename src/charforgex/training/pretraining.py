@@ -1,7 +1,7 @@
-"""`python train.py experiment=charworld_pretrain pretrain.stage=<stage>`: how the embedded models came to be, and go on.
+"""`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
-Stages: vae, text (CLIP and both text encoders), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so that
-the base stays valid). Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
+Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
+that the base stays valid). Flux and SD3 share their VAE, T5 and small CLIP. Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from charforgex import runs
 from charforgex.charworld import models
-from charforgex.charworld.assets import ROOT, SCHEDULER
+from charforgex.charworld.assets import ROOT, SCHEDULERS
 from charforgex.config import bind
 from charforgex.data.rendered import RenderedBank
 from charforgex.draws import python_rng
 from charforgex.errors import ConfigError
 from charforgex.families import registry
+from charforgex.families.base import ALL, Family
 from charforgex.families.loading import quiet, weights_hash
 from charforgex.training import report, stages
 from charforgex.training.checkpoints import load_last_good
@@ -39,14 +40,29 @@ from charforgex.training.settings import Positive
 from charforgex.types import Components
 
 STAGES = ("vae", "text", "judge", "base", "decoder")
+DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
-FOLDERS = {"vae": ("sdxl/vae",), "decoder": ("sdxl/vae",), "judge": ("judge",), "base": ("sdxl/unet",)}
-FOLDERS["text"] = ("sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/tokenizer", "sdxl/tokenizer_2", "clip")
+FLUX_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+SD3_TEXT = ("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3")
+
+
+def folders(stage: str, family: str) -> list[str]:
+    """What a stage trains. Flux and SD3 share all but the transformer."""
+    if stage == "judge":
+        return ["judge"]
+    if stage == "base":
+        return [f"{family}/{registry.get(family).denoiser_name}"]
+    if stage in ("vae", "decoder"):
+        return ["sdxl/vae"] if family == "sdxl" else ["flux/vae", "sd3/vae"]
+    if family == "sdxl":
+        return ["sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/tokenizer", "sdxl/tokenizer_2", "clip"]
+    return [*(f"flux/{name}" for name in FLUX_TEXT), *(f"sd3/{name}" for name in SD3_TEXT)]
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
     stage: Literal["vae", "text", "judge", "base", "decoder"]
+    family: Literal["sdxl", "flux", "sd3"] = "sdxl"
     out: Path | None = None
     start: str | None = None
     pictures: Positive = 60000
@@ -118,13 +134,13 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
         raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
     out = options.out or run_dir / "weights"
     with module.averaged():
-        save_stage(options.stage, module, bank, out)
+        save_stage(options, module, bank, out)
     pictures = module.step * options.batch_size * settings.trainer.accumulate
     full = runs.provenance(seed=cfg.seed)
     provenance = {
         "licence": "Apache-2.0",
         "made_by": "CharForgeX, on pictures drawn by CharForgeX",
-        "command": f"python train.py experiment=charworld_pretrain pretrain.stage={options.stage}",
+        "command": f"python train.py experiment=charworld_pretrain pretrain.family={options.family} pretrain.stage={options.stage}",
         "started_from": options.start,
         "seed": cfg.seed,
         "steps": module.step,
@@ -132,7 +148,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
         "seconds": round(clock.seconds()),
         "measures": measures,
     } | {name: full[name] for name in ("platform", "cpus", "versions")}
-    for folder in FOLDERS[options.stage]:
+    for folder in folders(options.stage, options.family):
         runs.write_json(out / folder / "provenance.json", provenance)
         shutil.copyfile(ROOT / "LICENSE", out / folder / "LICENSE")
     result = {
@@ -167,11 +183,13 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
         case "vae" | "decoder":
             if options.stage == "decoder" and start is None:
                 raise ConfigError("pretrain.stage=decoder goes on from a VAE; set pretrain.start=embedded or a folder of weights.")
-            module = stages.VaeModule(load_vae(start) if start else None, decoder_only=options.stage == "decoder", **common)
+            fresh = models.vae(latent_channels=4 if options.family == "sdxl" else 16)
+            vae = load_vae(start / folders("vae", options.family)[0]) if start else fresh
+            module = stages.VaeModule(vae, decoder_only=options.stage == "decoder", **common)
         case "text":
             if start is not None:
                 raise ConfigError("pretrain.stage=text starts from nothing: its heads are not kept; leave pretrain.start=null.")
-            module = stages.TextModule(**common)
+            module = (stages.TextModule if options.family == "sdxl" else stages.ShortTextModule)(**common)
         case "judge":
             module = stages.JudgeModule(**common)
             if start is not None:
@@ -179,56 +197,51 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
 
                 module.network.load_state_dict(load_judge(start).state_dict())
         case "base":
-            parts = base_parts(start or ROOT, fresh=start is None)
-            family = registry.get("sdxl")
-            vae = weights_hash(family, str((start or ROOT) / "sdxl"), "vae")
+            family = registry.get(options.family)
+            parts = base_parts(family, start or ROOT, fresh=start is None)
+            vae = weights_hash(family, str((start or ROOT) / family.name), "vae")
             path = Path(cfg.cache_dir) / f"latents_{bank.name}_{vae[:16]}.npy"
             latents = stages.encode_bank(family, parts, bank, path)
             module = stages.BaseModule(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
     return module
 
 
-def load_vae(root: Path) -> nn.Module:
+def load_vae(folder: Path) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(root / "sdxl/vae", torch_dtype=torch.float32, use_safetensors=True)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
 
 
-def base_parts(root: Path, fresh: bool) -> Components:
+def base_parts(family: Family, root: Path, fresh: bool) -> Components:
     """The base in `root`, float32, with its denoiser's weights drawn anew if `fresh`."""
-    parts = registry.get("sdxl").load(str(root / "sdxl"))
+    parts = family.load(str(root / family.name), only=("vae", "text") if fresh else ALL)
     if fresh:
-        parts.modules["unet"] = models.unet()
+        parts.modules[family.denoiser_name] = DENOISERS[family.name]()
     parts.denoiser.requires_grad_(True)
     return parts
 
 
-def save_stage(stage: str, module, bank: RenderedBank, out: Path) -> None:
+def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path) -> None:
     """The trained networks as fp16 diffusers and transformers folders under `out`, as the package has them."""
     out.mkdir(parents=True, exist_ok=True)
-    match stage:
+    match options.stage:
         case "vae" | "decoder":
-            if stage == "vae":
-                module.network.register_to_config(scaling_factor=round(1 / module.latent_std(bank), 5))
-            _save(module.network, out / "sdxl/vae")
+            if options.stage == "vae":
+                mean, std = module.latent_statistics(bank)
+                shift = {} if options.family == "sdxl" else {"shift_factor": round(mean, 5)}
+                module.network.register_to_config(scaling_factor=round(1 / std, 5), **shift)
+            for folder in folders(options.stage, options.family):
+                _save(module.network, out / folder)
         case "base":
-            _save(module.denoiser, out / "sdxl/unet")
-            write_index(out / "sdxl")
+            _save(module.denoiser, out / folders("base", options.family)[0])
+            write_index(out / options.family)
         case "judge":
             folder = out / "judge"
             folder.mkdir(parents=True, exist_ok=True)
             weights = {n: t.half().contiguous() for n, t in module.network.state_dict().items() if t.is_floating_point()}
             save_file(weights, folder / "model.safetensors")
         case "text":
-            from transformers import CLIPTextModelWithProjection
-
-            clip, tokens = module.network.clip, module.network.tokens
-            two = CLIPTextModelWithProjection(clip.config.text_config)
-            two.load_state_dict({name: t for name, t in clip.state_dict().items() if name.startswith("text_")})
-            for network, folder in ((module.network.text_encoder, "sdxl/text_encoder"), (two, "sdxl/text_encoder_2"), (clip, "clip")):
-                _save(network, out / folder)
-            for folder in ("sdxl/tokenizer", "sdxl/tokenizer_2", "clip"):
-                tokens.save_pretrained(out / folder)
+            module.network.save(out, _save)
 
 
 def _save(network: nn.Module, folder: Path) -> None:
@@ -242,12 +255,13 @@ def _save(network: nn.Module, folder: Path) -> None:
 
 
 def write_index(folder: Path) -> None:
-    """model_index.json and the scheduler of the embedded base: v-prediction with zero terminal SNR, trailing DDIM."""
-    library = {"unet": "diffusers", "vae": "diffusers", "scheduler": "diffusers"}
-    classes = {
-        "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler", "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
-    }  # fmt: skip
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    runs.write_json(folder / "model_index.json", index | {name: [library.get(name, "transformers"), cls] for name, cls in classes.items()})
-    runs.write_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    """model_index.json, the scheduler and the denoiser's config of the embedded base of that name."""
+    family = registry.get(folder.name)
+    addresses = {name: address for group in family.components.values() for name, address in group.items()}
+    scheduler = SCHEDULERS[family.name]
+    addresses["scheduler"] = f"diffusers.{scheduler['_class_name']}"
+    index = {"_class_name": family.pipelines[0]} | ({"force_zeros_for_empty_prompt": True} if family.name == "sdxl" else {})
+    runs.write_json(folder / "model_index.json", index | {name: address.split(".") for name, address in addresses.items()})
+    runs.write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    with torch.device("meta"):
+        DENOISERS[family.name]().save_config(folder / family.denoiser_name)

@@ -7,7 +7,7 @@ trained on. Pixels are uint8 (B, H, W, 3) in a bank and (B, 3, H, W) in [-1, 1] 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +98,11 @@ def face_weight(bank: RenderedBank, indices: Sequence[int], size: int) -> Tensor
 class VaeModule(Pretraining):
     """AutoencoderKL by face-weighted squared and absolute error, and a light KL term."""
 
-    def __init__(self, vae: nn.Module | None = None, kl: float = 2e-4, decoder_only: bool = False, **settings):
-        super().__init__(vae or models.vae(), ("encoder.", "quant_conv.") if decoder_only else (), **settings)
-        self.kl, self.decoder_only = kl, decoder_only
+    kl = 5e-5  # for each latent channel
+
+    def __init__(self, vae: nn.Module, decoder_only: bool = False, **settings):
+        super().__init__(vae, ("encoder.", "quant_conv.") if decoder_only else (), **settings)
+        self.decoder_only = decoder_only
 
     @staticmethod
     def batch(bank: RenderedBank, indices: Sequence[int], rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ class VaeModule(Pretraining):
         if self.decoder_only:
             return losses
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)
-        return losses + self.kl * kl.flatten(1).mean(1)
+        return losses + self.kl * kl.shape[1] * kl.flatten(1).mean(1)
 
     @torch.no_grad()
     def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
@@ -135,8 +137,10 @@ class VaeModule(Pretraining):
         return {"psnr": psnr(torch.ones_like(weight)), "psnr_face_weighted": psnr(weight)}
 
     @torch.no_grad()
-    def latent_std(self, bank: RenderedBank, count: int = 512) -> float:
-        return torch.cat([self.network.encode(p).latent_dist.mean for p in pixels_of(bank, range(count)).split(64)]).std().item()
+    def latent_statistics(self, bank: RenderedBank, count: int = 512) -> tuple[float, float]:
+        """Mean and standard deviation over all channels."""
+        latents = torch.cat([self.network.encode(p).latent_dist.mean for p in pixels_of(bank, range(count)).split(64)])
+        return latents.mean().item(), latents.std().item()
 
 
 class TextNetworks(nn.Module):
@@ -165,6 +169,16 @@ class TextNetworks(nn.Module):
 
     def see(self, pixels: Tensor) -> Tensor:
         return self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
+
+    def save(self, out: Path, write: Callable[[nn.Module, Path], None]) -> None:
+        from transformers import CLIPTextModelWithProjection
+
+        two = CLIPTextModelWithProjection(self.clip.config.text_config)
+        two.load_state_dict({name: t for name, t in self.clip.state_dict().items() if name.startswith("text_")})
+        for network, folder in ((self.text_encoder, "sdxl/text_encoder"), (two, "sdxl/text_encoder_2"), (self.clip, "clip")):
+            write(network, out / folder)
+        for folder in ("sdxl/tokenizer", "sdxl/tokenizer_2", "clip"):
+            self.tokens.save_pretrained(out / folder)
 
 
 class TextModule(Pretraining):
@@ -206,6 +220,69 @@ class TextModule(Pretraining):
         readings = {name: (reading, said) for name, reading in readings.items()} | {"image": (self.network.heads["image"](image), shown)}
         for name, (reading, labels) in readings.items():
             accuracy = attribute_accuracy(reading, labels)
+            found[f"{name}_attributes"] = sum(accuracy.values()) / len(accuracy)
+        return found
+
+
+class ShortTextNetworks(nn.Module):
+    """Flux's and SD3's T5 and small CLIP, with the heads that teach them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.t5_tokens = models.tokenizer(), models.t5_tokenizer()
+        self.tokens.model_max_length = models.SHORT
+        self.t5, self.clip = models.t5(self.t5_tokens), models.short_clip(self.tokens)
+        self.heads = nn.ModuleDict({name: AttributeHeads(width) for name, width in {"t5": 192, "penultimate": 64, "pooled": 64}.items()})
+
+    def read(self, clip_ids: Tensor, t5_ids: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Every head's reading. T5's padding is attended to and averaged over as any token: so the transformers see it."""
+        clip = self.clip(clip_ids, output_hidden_states=True)
+        length = (clip_ids == self.tokens.eos_token_id).int().argmax(-1)
+        mask = (torch.arange(clip_ids.shape[1], device=clip_ids.device) <= length[:, None])[..., None].float()
+        penultimate = (clip.hidden_states[-2] * mask).sum(1) / mask.sum(1)
+        states = {"t5": self.t5(t5_ids).last_hidden_state.mean(1), "penultimate": penultimate, "pooled": clip.text_embeds}
+        return {name: self.heads[name](vector) for name, vector in states.items()}
+
+    def save(self, out: Path, write: Callable[[nn.Module, Path], None]) -> None:
+        from transformers import CLIPTextModel
+
+        plain = CLIPTextModel(self.clip.config)
+        body = {name.removeprefix("text_model."): t for name, t in self.clip.state_dict().items() if name.startswith("text_model.")}
+        plain.load_state_dict(body if "final_layer_norm.weight" in plain.state_dict() else {f"text_model.{n}": t for n, t in body.items()})
+        write(plain, out / "flux/text_encoder")
+        write(self.clip, out / "sd3/text_encoder")
+        for folder in ("flux/text_encoder_2", "sd3/text_encoder_3"):
+            write(self.t5, out / folder)
+        for tokens, folder in (
+            (self.tokens, "flux/tokenizer"), (self.t5_tokens, "flux/tokenizer_2"), (self.tokens, "sd3/tokenizer"),
+            (self.t5_tokens, "sd3/tokenizer_3"),
+        ):  # fmt: skip
+            tokens.save_pretrained(out / folder)
+
+
+class ShortTextModule(Pretraining):
+    """T5 and CLIP by reading attributes back from what captions name, off the very states that the transformers see."""
+
+    def __init__(self, **settings):
+        super().__init__(ShortTextNetworks(), **settings)
+
+    def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random):
+        captions, named = zip(*(bank.caption(i, rng) for i in indices), strict=True)
+        fixed = {"padding": "max_length", "max_length": models.SHORT, "truncation": True, "return_tensors": "pt"}
+        ids = (tokens(list(captions), **fixed).input_ids for tokens in (self.network.tokens, self.network.t5_tokens))
+        return *ids, labels_of(named)
+
+    def losses(self, micro, key: tuple) -> Tensor:
+        clip_ids, t5_ids, said = micro
+        return sum(attribute_losses(reading, said) for reading in self.network.read(clip_ids, t5_ids).values())
+
+    @torch.no_grad()
+    def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
+        """Of each head the mean accuracy over the attributes."""
+        clip_ids, t5_ids, said = self.batch(bank, range(count), random.Random("measure"))
+        found = {}
+        for name, reading in self.network.read(clip_ids, t5_ids).items():
+            accuracy = attribute_accuracy(reading, said)
             found[f"{name}_attributes"] = sum(accuracy.values()) / len(accuracy)
         return found
 

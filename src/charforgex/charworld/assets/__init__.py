@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-BASE = ROOT / "sdxl"
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-    "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": False, "steps_offset": 1,
-    "timestep_spacing": "trailing",
+# v-prediction with zero terminal SNR, trailing DDIM; flow matching for the transformers, shifted at 64 px as much as Flux is at 512
+SCHEDULERS = {
+    "sdxl": {
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": False, "steps_offset": 1,
+        "timestep_spacing": "trailing",
+    },
+    "flux": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True, "base_shift": 0.63,
+        "max_shift": 1.15, "base_image_seq_len": 64, "max_image_seq_len": 256, "shift": 3.0,
+    },
+    "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.8776},
 }  # fmt: skip
 
 
