@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from charforgex.families.base import Family
+from charforgex.families.flux import Flux
+from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
 
 
@@ -22,4 +24,8 @@ class Row:
         return self.family.name
 
 
-ROWS = [Row(Sdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 6, 8))]
+ROWS = [
+    Row(Sdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 6, 8)),
+    Row(Flux(), tokens_LD=(24, 32), pooled_D=32, latent_Chw=(4, 6, 8)),
+    Row(Sd3(), tokens_LD=(77 + 24, 64), pooled_D=64, latent_Chw=(4, 6, 8)),
+]

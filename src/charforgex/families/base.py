@@ -27,6 +27,8 @@ class Family(ABC):
     name: ClassVar[str]
     denoiser_name: ClassVar[str]
     is_video: ClassVar[bool] = False
+    channels_per_latent: ClassVar[int] = 1  # input channels of the network for one of a latent: 4 where it takes packed ones
+    has_true_guidance: ClassVar[bool] = False  # whether guidance is a vector, and classifier-free guidance something else besides
     components: ClassVar[Mapping[str, Mapping[str, str]]]  # group of ALL -> diffusers' component name -> "library.Class"
     pipelines: ClassVar[tuple[str, ...]]  # what model_index.json may name as `_class_name`
     original: ClassVar[Mapping[str, Callable[[str, Mapping], Original]]] = {}  # component -> its spelling in single files
@@ -99,6 +101,18 @@ class Family(ABC):
     @abstractmethod
     def denoise(self, denoiser: nn.Module, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         """The network's prediction on the latent grid, the shape of `noisy`. `t_B` is float32 in [0, 1]."""
+
+    def pack(self, latents_BChw: Tensor) -> Tensor:
+        """Latents in the shape that the family's pipeline takes."""
+        return latents_BChw
+
+    def unpack(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `pack`, for a latent grid of that height and width."""
+        return packed
+
+    def is_distilled(self, parts: Components) -> bool:
+        """Whether guidance is an input of this network."""
+        return False
 
     @abstractmethod
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:

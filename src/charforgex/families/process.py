@@ -5,6 +5,7 @@ x is a scaled latent, n is noise of unit variance, t in [0, 1] with 1 = pure noi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ class Process(ABC):
     """How pictures become noise, and what the network predicts of it."""
 
     weightings: tuple[str, ...] = ("none",)
+    prediction: str  # "epsilon", "v_prediction" or "velocity"
 
     @abstractmethod
     def add_noise(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor: ...
@@ -47,6 +49,10 @@ class Process(ABC):
                 f"loss.weighting={weighting} has no meaning for {self.describe()}; choose one of {', '.join(self.weightings)}."
             )
         return torch.ones_like(t_B)
+
+    def resolution_shift(self, tokens: int) -> float:
+        """How far times shift towards noise for a picture of so many tokens. Raises ConfigError where times do not shift."""
+        raise ConfigError(f"loss.shift=resolution has no meaning for {self.describe()}; set it to 1.")
 
     @abstractmethod
     def describe(self) -> str:
@@ -152,3 +158,63 @@ class Ddpm(Process):
     def describe(self) -> str:
         zero = ", zero terminal SNR" if self.zero_snr else ""
         return f"DDPM {self.prediction}, {self.beta_schedule} betas{zero}"
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """a t / (1 + (a - 1) t): more of the noisy times for a > 1 (Esser et al. 2024, eq. 23). 1 changes nothing."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class FlowMatching(Process):
+    """Rectified flow (Liu et al. 2022; Esser et al. 2024): x_t = (1 - t) x + t n, and the network predicts the velocity n - x.
+
+    `shift` is a constant one, or None for the one that depends on the picture's tokens (Flux): exp(mu), mu a straight line through
+    (`base_tokens`, `base_mu`) and (`max_tokens`, `max_mu`). Both are of sampling; training draws its times as `Objective` says.
+    """
+
+    shift: float | None = 1.0
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_mu: float = 0.5
+    max_mu: float = 1.15
+
+    prediction = "velocity"
+
+    @classmethod
+    def from_config(cls, config) -> FlowMatching:
+        """From a diffusers scheduler's config. Raises ModelError where that is no such process."""
+        name = config.get("_class_name", "The scheduler")
+        if not config.get("use_flow_sigmas") and ("beta_start" in config or "shift" not in config):
+            raise ModelError(f"{name} is not for a flow matching model.")
+        if config.get("num_train_timesteps", STEPS) != STEPS:
+            raise ModelError(f"{name} has num_train_timesteps={config['num_train_timesteps']}; only {STEPS} are supported.")
+        if config.get("invert_sigmas"):
+            raise ModelError(f"{name} has invert_sigmas, which is not supported.")
+        return cls(
+            shift=None if config.get("use_dynamic_shifting") else float(config.get("shift") or config.get("flow_shift") or 1.0),
+            base_tokens=config.get("base_image_seq_len") or cls.base_tokens,
+            max_tokens=config.get("max_image_seq_len") or cls.max_tokens,
+            base_mu=config.get("base_shift") or cls.base_mu,
+            max_mu=config.get("max_shift") or cls.max_mu,
+        )
+
+    def snap(self, t_B: Tensor) -> Tensor:
+        return t_B.float()
+
+    def add_noise(self, clean, noise, t_B):
+        t = _like(t_B.float(), clean)
+        return (1 - t) * clean + t * noise
+
+    def target(self, clean, noise, t_B):
+        return noise - clean
+
+    def to_clean(self, noisy, prediction, t_B):
+        return noisy - _like(t_B.float(), noisy) * prediction
+
+    def resolution_shift(self, tokens: int) -> float:
+        slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_mu + slope * (tokens - self.base_tokens))
+
+    def describe(self) -> str:
+        return "rectified flow, velocity"

@@ -11,7 +11,7 @@ from charforgex.errors import ConfigError
 if TYPE_CHECKING:
     from charforgex.families.base import Family
 
-FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl"}
+FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl", "flux": "charforgex.families.flux:Flux", "sd3": "charforgex.families.sd3:Sd3"}
 
 
 def check(name: str) -> None:

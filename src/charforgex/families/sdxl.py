@@ -15,7 +15,7 @@ from charforgex.errors import ConfigError
 from charforgex.families import sgm
 from charforgex.families.base import Family
 from charforgex.families.process import Ddpm
-from charforgex.families.text import clip_ids, clip_states, seen
+from charforgex.families.text import clip_states, seen, token_ids
 from charforgex.types import Components, Crop, Text
 
 TARGETS = {
@@ -66,8 +66,8 @@ class Sdxl(Family):
 
     @torch.no_grad()
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
-        one, _ = clip_states(parts["text_encoder"], clip_ids(parts["tokenizer"], captions))
-        two, pooled = clip_states(parts["text_encoder_2"], clip_ids(parts["tokenizer_2"], captions))
+        one, _ = clip_states(parts["text_encoder"], token_ids(parts["tokenizer"], captions))
+        two, pooled = clip_states(parts["text_encoder_2"], token_ids(parts["tokenizer_2"], captions))
         tokens = torch.cat([one, two], dim=-1)
         if parts.config.get("force_zeros_for_empty_prompt", True):
             unsaid = torch.tensor([not caption.strip() for caption in captions], device=tokens.device)

@@ -31,6 +31,36 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>"):
     return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77, pad_token=pad_token)
 
 
+@cache
+def t5_tokenizer(length: int = 24):
+    """A `T5Tokenizer` of the same words; any other text falls back to letters."""
+    from transformers import T5Tokenizer
+
+    pieces = [*("▁" + word for word in dict.fromkeys(WORDS.split())), "▁", *(chr(code) for code in range(33, 127))]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -3.0 if len(piece) > 2 else -9.0) for piece in pieces)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=length)
+
+
+def t5_encoder(width: int):
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    ))  # fmt: skip
+
+
+def flow_vae():
+    """The VAE of Flux and SD3: shifted latents, no quantisation layers."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=64, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5305, shift_factor=0.0609,
+    )  # fmt: skip
+
+
 def clip_text_config(width: int = 32, projection: int = 32):
     from transformers import CLIPTextConfig
 

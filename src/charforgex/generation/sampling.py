@@ -53,22 +53,23 @@ def encode_prompts(family: Family, parts: Components, prompts: Sequence[str], ba
 @torch.no_grad()
 def sample_latents(
     family: Family, parts: Components, text: Text, seeds: Sequence[int], *, size: tuple[int, int], steps: int, guidance: float,
-    negative_text: Text | None = None, guidance_rescale: float = 0.0, batch_size: int = 8, scheduler: str = DEFAULT,
-    on_step: OnStep | None = None,
+    negative_text: Text | None = None, true_guidance: float = 1.0, guidance_rescale: float = 0.0, batch_size: int = 8,
+    scheduler: str = DEFAULT, on_step: OnStep | None = None,
 ) -> Tensor:  # fmt: skip
     """Scaled latents (N, C, h, w), float32 on the CPU, of N texts and N seeds.
 
-    `size` is (height, width) in pixels. `negative_text` has one row or N, and is needed when guidance is above 1. The networks stay
+    `size` is (height, width) in pixels. `negative_text` has one row or N, and is needed where `needs_negative` says so. The networks stay
     where they are and as they are, an adapter in the denoiser included; only while this runs they are in eval mode.
     Raises ConfigError for settings that cannot work and ModelError when a picture is not finite.
     """
     assert len(text) == len(seeds) > 0, f"{len(text)} texts for {len(seeds)} seeds"
-    guided = guidance > 1  # diffusers' own rule
-    assert negative_text is not None or not guided, "guidance above 1 needs a negative text"
+    guided = needs_negative(family, parts, guidance, true_guidance)
+    assert negative_text is not None or not guided, "this guidance needs a negative text"
     check_size(size, family.pixel_multiple(parts))
     denoiser = parts.denoiser
     stride = family.latent_stride(parts)
-    noise = initial_noise(seeds, (denoiser.config.in_channels, size[0] // stride, size[1] // stride))
+    height, width = size[0] // stride, size[1] // stride
+    noise = initial_noise(seeds, (denoiser.config.in_channels // family.channels_per_latent, height, width))
     with _without_remarks():
         pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
@@ -85,22 +86,34 @@ def sample_latents(
     with _evaluating(parts.networks().values()):
         for start in starts:
             rows = slice(start, start + batch_size)
-            batch = noise[rows].to(denoiser.device, denoiser.dtype)
+            batch = family.pack(noise[rows]).to(denoiser.device, denoiser.dtype)
             pipeline.scheduler = build_scheduler(parts["scheduler"], scheduler, steps)  # fresh: multistep solvers keep their history
             latents = pipeline(
                 height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=guidance, latents=batch, output_type="latent",
                 generator=[torch_generator("sampling", seed) for seed in seeds[rows]],  # ancestral samplers draw at every step
                 callback_on_step_end=report, return_dict=False,
                 **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
+                **({"true_cfg_scale": true_guidance} if family.has_true_guidance else {}),
                 **_conditions(text[rows], batch),
                 **(_conditions(_rows(negative_text, rows, len(batch)), batch, "negative_") if guided else {}),
             )[0]  # fmt: skip
-            out.append(latents.float().cpu())
+            out.append(family.unpack(latents.float().cpu(), height, width))
     latents = torch.cat(out)
     for seed, picture in zip(seeds, latents, strict=True):
         if not picture.isfinite().all():
             raise ModelError(f"The picture of seed {seed} is not finite in {denoiser.dtype}; try dtype=float32, or a smaller LoRA scale.")
     return latents
+
+
+def needs_negative(family: Family, parts: Components, guidance: float, true_guidance: float = 1.0) -> bool:
+    """Whether every step is also run on the negative text (classifier-free guidance). Raises ConfigError for guidance of no effect."""
+    if not family.has_true_guidance:
+        if true_guidance != 1:
+            raise ConfigError(f"true_guidance={true_guidance} has no meaning for {family.name}; its guidance is the true one.")
+        return guidance > 1  # diffusers' own rule
+    if guidance > 1 and not family.is_distilled(parts):
+        raise ConfigError(f"guidance={guidance} has no effect: {parts.source} takes none. Set guidance=1, or true_guidance={guidance}.")
+    return true_guidance > 1
 
 
 def _conditions(text: Text, like: Tensor, prefix: str = "") -> dict[str, Tensor]:
@@ -150,8 +163,8 @@ def to_images(family: Family, parts: Components, latents_NChw: Tensor, batch_siz
 
 def sample(
     family: Family, parts: Components, prompts: Sequence[str] | None, seeds: Sequence[int], *, size: tuple[int, int], steps: int,
-    guidance: float, negative: str = "", text: Text | None = None, negative_text: Text | None = None, guidance_rescale: float = 0.0,
-    batch_size: int = 8, scheduler: str = DEFAULT, on_step: OnStep | None = None,
+    guidance: float, negative: str = "", text: Text | None = None, negative_text: Text | None = None, true_guidance: float = 1.0,
+    guidance_rescale: float = 0.0, batch_size: int = 8, scheduler: str = DEFAULT, on_step: OnStep | None = None,
 ) -> list[Image]:  # fmt: skip
     """One picture for each pair of prompt and seed. See `sample_latents` for the rest.
 
@@ -159,10 +172,10 @@ def sample(
     """
     if text is None:
         text = encode_prompts(family, parts, prompts, batch_size)
-    if negative_text is None and guidance > 1:
+    if negative_text is None and needs_negative(family, parts, guidance, true_guidance):
         negative_text = family.encode_text(parts, [negative])
     latents = sample_latents(
         family, parts, text, seeds, size=size, steps=steps, guidance=guidance, negative_text=negative_text,
-        guidance_rescale=guidance_rescale, batch_size=batch_size, scheduler=scheduler, on_step=on_step,
+        true_guidance=true_guidance, guidance_rescale=guidance_rescale, batch_size=batch_size, scheduler=scheduler, on_step=on_step,
     )  # fmt: skip
     return to_images(family, parts, latents, batch_size)

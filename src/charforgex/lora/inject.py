@@ -12,6 +12,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -28,14 +29,14 @@ TEXT_PREFIX = "text_model."
 def inject(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int = 0) -> list[str]:
     """Freezes the network and adds a trainable adapter that changes nothing yet. Returns the adapted module paths.
 
-    `targets` are suffixes of module paths, as peft's `target_modules`. Adapter weights are float32 whatever the network's
+    `targets` are suffixes of module paths, as peft's `target_modules`; one with a * is a pattern of whole paths. Adapter weights are float32 whatever the network's
     dtype. down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform(a=sqrt 5), drawn from (seed, path); up = 0.
     Raises LoraError if a target matches no linear or convolutional module, or if there is a trained adapter already.
     """
     modules = _adaptable(denoiser)
     if TRAINED in getattr(denoiser, "peft_config", {}):
         raise LoraError(f"{type(denoiser).__name__} has a trained adapter already; load the base model afresh.")
-    matches = {target: [path for path in modules if path == target or path.endswith("." + target)] for target in targets}
+    matches = {target: [path for path in modules if _fits(path, target)] for target in targets}
     unmatched = [target for target, paths in matches.items() if not paths]
     if unmatched or not targets:
         raise LoraError(
@@ -49,6 +50,10 @@ def inject(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float,
     for parameter in adapter_parameters(denoiser).values():
         parameter.requires_grad_(True)
     return paths
+
+
+def _fits(path: str, target: str) -> bool:
+    return fnmatchcase(path, target) if "*" in target else path == target or path.endswith("." + target)
 
 
 def _initial(module: nn.Module, path: str, rank: int, alpha: float, seed: int) -> LoraLayer:

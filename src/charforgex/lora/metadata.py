@@ -36,8 +36,8 @@ def build(
     """Metadata for the file's header; all values are strings, and what is not known is not there.
 
     `title` is also the name by which prompts call the LoRA (`<lora:title:1>`). `base` is the base model's name, `tags` the captions'
-    tags with their counts (the trigger is added), `resolution` (width, height) in pixels, `prediction` "epsilon" or "v_prediction",
-    `date` ISO 8601 and only what the caller passes. `write` adds the hashes of the weights.
+    tags with their counts (the trigger is added), `resolution` (width, height) in pixels, `prediction` "epsilon", "v_prediction" or
+    "velocity", `date` ISO 8601 and only what the caller passes. `write` adds the hashes of the weights.
     """
     tags = dict(tags or {})
     if trigger:
@@ -52,7 +52,7 @@ def build(
         "license": license,
         "trigger_phrase": trigger,
         "resolution": size,
-        "prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[prediction],
+        "prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "velocity": None}[prediction],
         "tags": ", ".join(tags),
     }
     kohya = {

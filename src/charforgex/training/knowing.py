@@ -107,7 +107,8 @@ class Knowing:
         size = max(self.data.resolutions)
         return sample(
             self.family, self.parts, None, self.seeds, text=text, negative_text=negative, size=(size, size), steps=self.sampling.steps,
-            guidance=self.sampling.guidance, scheduler=self.sampling.scheduler, batch_size=self.sampling.batch_size,
+            guidance=self.sampling.guidance, true_guidance=self.sampling.true_guidance, scheduler=self.sampling.scheduler,
+            batch_size=self.sampling.batch_size,
         )  # fmt: skip
 
     def sheet(self, pictures: Sequence[Image.Image], path: Path, title: str) -> None:

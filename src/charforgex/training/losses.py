@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from charforgex.binding import Range
 from charforgex.draws import torch_generator
 from charforgex.errors import ConfigError
 from charforgex.families.base import Family
-from charforgex.families.process import Ddpm, Process
+from charforgex.families.process import Ddpm, FlowMatching, Process, shifted
 from charforgex.types import Batch
 
 
@@ -48,7 +49,9 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
 class Objective:
     """What is minimised: t ~ `timesteps`, noise, the family's prediction against the process's target.
 
-    timesteps: "uniform", or "logit_normal" (Esser et al. 2024) for processes with continuous time.
+    timesteps: "uniform"; "logit_normal", sigmoid(logit_mean + logit_std N(0, 1)), and "mode", with weight `mode_scale` on the middle
+    (both Esser et al. 2024, section 3.1). shift: of flow matching's times towards noise, a number, or "resolution" for Flux's, which
+    grows with the picture; 1 is none.
     noise_offset: adds an offset of this size per channel to the noise (Guttenberg 2023); 0 is off.
     """
 
@@ -57,7 +60,11 @@ class Objective:
     weighting: Literal["none", "min_snr"] = "none"
     min_snr_gamma: Annotated[float, Range(above=0)] = 5.0
     noise_offset: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timesteps: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: Annotated[float, Range(above=0)] = 1.0
+    mode_scale: Annotated[float, Range(at_least=-1, at_most=1.75)] = 1.29
+    shift: Annotated[float, Range(above=0)] | Literal["resolution"] = 1.0
 
     def check(self, process: Process) -> None:
         """Raises ConfigError for an option that this process has no use for."""
@@ -68,17 +75,33 @@ class Objective:
             raise ConfigError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting}; set loss.weighting=min_snr."
             )
+        for name, owner in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+            if self.timesteps != owner and getattr(self, name) != getattr(Objective, name):
+                raise ConfigError(
+                    f"loss.{name}={getattr(self, name)} has no effect with loss.timesteps={self.timesteps}; set loss.timesteps={owner}."
+                )
+        if self.shift != 1 and not isinstance(process, FlowMatching):
+            raise ConfigError(f"loss.shift={self.shift} has no meaning for {process.describe()}; set it to 1.")
         if self.noise_offset and not isinstance(process, Ddpm):
             raise ConfigError(f"loss.noise_offset={self.noise_offset} has no meaning for {process.describe()}; set it to 0.")
 
-    def times(self, count: int, process: Process, *key: object) -> Tensor:
-        """Times (count,) for the draw `key`, stratified over the batch so that its mean loss varies less."""
+    def times(self, count: int, process: Process, *key: object, tokens: int = 0) -> Tensor:
+        """Times (count,) for the draw `key`, stratified over the batch so that its mean loss varies less.
+
+        `tokens` is what a transformer makes of a picture: one of every 2 x 2 latents.
+        """
         generator = torch_generator(*key, "t")
         u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         u = u[torch.randperm(count, generator=generator)]
+        return process.snap(self.quantile(u, process, tokens))
+
+    def quantile(self, u: Tensor, process: Process, tokens: int = 0) -> Tensor:
+        """The time below which a share `u` of all draws falls; for "mode", above which."""
         if self.timesteps == "logit_normal":
-            u = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
-        return process.snap(u)
+            u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+        elif self.timesteps == "mode":
+            u = 1 - u - self.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        return shifted(u, process.resolution_shift(tokens) if self.shift == "resolution" else self.shift)
 
     def noise(self, shape: torch.Size, *key: object) -> Tensor:
         generator = torch_generator(*key, "noise")
@@ -93,7 +116,9 @@ class Objective:
         fresh = torch.randn(batch.mean_BChw.shape, generator=torch_generator(*key, "posterior")).to(device)
         clean = batch.mean_BChw + batch.std_BChw * fresh
         noise = self.noise(clean.shape, *key).to(device)
-        t_B = (self.times(len(batch), process, *key) if t_B is None else t_B).to(device)
+        if t_B is None:
+            t_B = self.times(len(batch), process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
+        t_B = t_B.to(device)
         with computing_in(next(denoiser.parameters()).dtype, device):
             prediction = family.denoise(denoiser, process.add_noise(clean, noise, t_B), t_B, batch.text, batch.crop)
         weight = process.weight(t_B, self.weighting, self.min_snr_gamma)

@@ -45,16 +45,17 @@ class Settings:
 def check(cfg: DictConfig) -> Settings:
     """The settings, each in its type and range, or a ConfigError that names what is wrong. No model is loaded, no file read."""
     bind(RunSettings, {field.name: cfg[field.name] for field in fields(RunSettings)}, "")
+    family = bind(FamilySettings, cfg.family, "family")
+    registry.check(family.name)
     settings = Settings(
         lora=bind(LoraSettings, cfg.lora, "lora"),
         optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
         trainer=bind(TrainerSettings, cfg.trainer, "trainer"),
         evaluation=bind(EvaluationSettings, cfg.evaluation, "evaluation"),
-        sampling=bind(SamplingSettings, cfg.sampling, "sampling"),
+        sampling=bind(SamplingSettings, cfg.sampling, "sampling").filled(family.recipe),
     )
     if not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
-    registry.check(bind(FamilySettings, cfg.family, "family").name)
     bind(LoggerSettings, cfg.logger, "logger")
     # These two have their schema where torch is, which a good config needs next anyway.
     from charforgex.data.datamodule import CharacterData

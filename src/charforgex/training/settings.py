@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -71,19 +71,6 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    steps: Positive = 20
-    guidance: Annotated[float, Range(at_least=0)] = 3.0
-    scheduler: str = "checkpoint"
-    negative: str = ""
-    batch_size: Positive = 8
-
-    def __post_init__(self):
-        if self.negative and self.guidance <= 1:
-            raise ConfigError(f"sampling.negative has no effect with sampling.guidance={self.guidance}; guidance must be above 1.")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A family's own numbers, from which the other groups take theirs."""
 
@@ -94,8 +81,29 @@ class Recipe:
     alpha: Annotated[float, Range(above=0)]
     targets: str
     lr: Annotated[float, Range(above=0)]
-    min_snr_gamma: Annotated[float, Range(above=0)]
     evaluate_every: Positive
+    weighting: str
+    timesteps: str
+    shift: float | str
+    sampling_steps: Positive
+    guidance: Annotated[float, Range(at_least=0)]
+    true_guidance: Annotated[float, Range(at_least=1)]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What is None is as the family's recipe has it."""
+
+    steps: Positive | None = None
+    guidance: Annotated[float, Range(at_least=0)] | None = None
+    true_guidance: Annotated[float, Range(at_least=1)] | None = None
+    scheduler: str = "checkpoint"
+    negative: str = ""
+    batch_size: Positive = 8
+
+    def filled(self, recipe: Recipe) -> SamplingSettings:
+        own = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "true_guidance": recipe.true_guidance}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True)

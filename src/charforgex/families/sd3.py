@@ -1,0 +1,177 @@
+"""Stable Diffusion 3 and 3.5: a joint-attention transformer with two CLIP encoders and T5. Esser et al. 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from charforgex.errors import ConfigError
+from charforgex.families.base import Family
+from charforgex.families.process import STEPS, FlowMatching
+from charforgex.families.text import clip_states, seen, t5_states, token_ids
+from charforgex.types import Components, Crop, Text
+
+CLIP_TOKENS, T5_TOKENS = 77, 256
+
+JOINT = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+# "attention" leaves out the second attention that SD3.5 medium has in its first blocks; "all" takes it where it is
+TARGETS = {"attention": [f"attn.{name}" for name in JOINT]}
+TARGETS["attention_dual"] = [*TARGETS["attention"], *(f"attn2.{name}" for name in JOINT[:4])]
+TARGETS["attention_mlp"] = [
+    *TARGETS["attention"], "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+]  # fmt: skip
+TARGETS["all"] = [
+    *(f"transformer_blocks.*.attn*.{name}" for name in JOINT), *TARGETS["attention_mlp"][len(JOINT):], "norm1.linear",
+    "norm1_context.linear",
+]  # fmt: skip
+
+
+class Sd3(Family):
+    name = "sd3"
+    denoiser_name = "transformer"
+    components: ClassVar = {
+        "denoiser": {"transformer": "diffusers.SD3Transformer2DModel"},
+        "vae": {"vae": "diffusers.AutoencoderKL"},
+        "text": {
+            "tokenizer": "transformers.CLIPTokenizer",
+            "tokenizer_2": "transformers.CLIPTokenizer",
+            "tokenizer_3": "transformers.T5Tokenizer",
+            "text_encoder": "transformers.CLIPTextModelWithProjection",
+            "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+            "text_encoder_3": "transformers.T5EncoderModel",
+        },
+    }
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    kohya_prefixes: ClassVar = {"transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    lora_labels: ClassVar = {
+        "modelspec.architecture": "stable-diffusion-3/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",
+        "ss_base_model_version": "sd3",
+    }
+
+    def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Besides the sizes, the widths of the text: they say what an absent encoder's zeros must be."""
+        transformer, vae = configs["transformer"], configs["vae"]
+        stride = 2 ** (len(vae["block_out_channels"]) - 1)
+        return {
+            "latent_stride": stride,
+            "pixel_multiple": stride * transformer["patch_size"],
+            "default_size": stride * transformer["sample_size"],
+            "text_width": transformer["joint_attention_dim"],
+            "pooled_width": transformer["pooled_projection_dim"],
+        }
+
+    def process(self, parts: Components) -> FlowMatching:
+        return FlowMatching.from_config(parts["scheduler"].config)
+
+    @torch.no_grad()
+    def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
+        """CLIP's penultimate states side by side, zero-padded to T5's width, then T5's. Encoders that are absent give zeros."""
+        clips = [self._clip(parts, suffix, captions) for suffix in ("", "_2")]
+        like = next((tokens for tokens, _ in filter(None, clips)), None)
+        if like is None:
+            like = t5_states(parts["text_encoder_3"], token_ids(parts["tokenizer_3"], captions, 1)) if "text_encoder_3" in parts else None
+        if like is None:
+            raise ConfigError(f"{parts.source} has none of its three text encoders; a caption would mean nothing to it.")
+        known = sum(pooled.shape[-1] for _, pooled in filter(None, clips))
+        absent = parts.config["pooled_width"] - known  # the one that is absent, or both
+        for i, clip in enumerate(clips):
+            if clip is None:
+                width = absent if any(clips) or i == 0 else 0
+                length = like.shape[1] if any(clips) else CLIP_TOKENS
+                clips[i] = like.new_zeros(len(captions), length, width), like.new_zeros(len(captions), width)
+        tokens = torch.cat([tokens for tokens, _ in clips], dim=-1)
+        tokens = F.pad(tokens, (0, parts.config["text_width"] - tokens.shape[-1]))
+        if "text_encoder_3" in parts:
+            t5 = t5_states(parts["text_encoder_3"], token_ids(parts["tokenizer_3"], captions, self._t5_length(parts))).to(tokens)
+        else:
+            t5 = tokens.new_zeros(len(captions), T5_TOKENS, parts.config["text_width"])
+        return Text(torch.cat([tokens, t5], dim=1), torch.cat([pooled for _, pooled in clips], dim=-1))
+
+    @staticmethod
+    def _clip(parts: Components, suffix: str, captions: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        if f"text_encoder{suffix}" not in parts:
+            return None
+        return clip_states(parts[f"text_encoder{suffix}"], token_ids(parts[f"tokenizer{suffix}"], captions))
+
+    @staticmethod
+    def _t5_length(parts: Components) -> int:
+        return min(T5_TOKENS, parts["tokenizer_3"].model_max_length)
+
+    def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
+        found = [seen(parts[name], caption) for name in ("tokenizer", "tokenizer_2") if name in parts]
+        return found + ([seen(parts["tokenizer_3"], caption, self._t5_length(parts))] if "tokenizer_3" in parts else [])
+
+    @torch.no_grad()
+    def encode_pixels(self, parts: Components, pixels_BPHW: Tensor) -> tuple[Tensor, Tensor]:
+        vae = parts["vae"]
+        posterior = vae.encode(pixels_BPHW.to(vae.device, vae.dtype)).latent_dist
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode_latents(self, parts: Components, latents_BChw: Tensor) -> Tensor:
+        vae = parts["vae"]
+        latents = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(latents).sample.float().clamp(-1, 1)
+
+    def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
+        return denoiser(
+            hidden_states=noisy,
+            timestep=STEPS * t_B.float(),
+            encoder_hidden_states=text.tokens_BLD.to(noisy.dtype),
+            pooled_projections=text.pooled_BD.to(noisy.dtype),
+            return_dict=False,
+        )[0]
+
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
+        from diffusers import SD3Transformer2DModel
+
+        with torch.device("meta"):
+            transformer = SD3Transformer2DModel.from_config(dict(denoiser_config))
+        return {path: path for path, module in transformer.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+
+    def lora_targets(self, preset: str) -> list[str]:
+        if preset not in TARGETS:
+            raise ConfigError(f"lora.targets={preset} is unknown for sd3; choose one of {', '.join(TARGETS)}.")
+        return TARGETS[preset]
+
+    def pipeline(self, parts: Components):
+        from charforgex.families.loading import quiet
+
+        with quiet():  # about torchvision, which nothing here uses
+            from diffusers import StableDiffusion3Pipeline
+
+        names = [name for group in self.components.values() for name in group]
+        pipeline = StableDiffusion3Pipeline(**{name: parts.modules.get(name) for name in names}, scheduler=parts["scheduler"])
+        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
+        return pipeline
+
+    def tiny(self, seed: int = 0) -> Components:
+        from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+        from transformers import CLIPTextModelWithProjection
+
+        from charforgex.families.loading import finish
+        from charforgex.families.tiny import clip_text_config, clip_tokenizer, flow_vae, t5_encoder, t5_tokenizer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules = {
+                "transformer": SD3Transformer2DModel(
+                    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                    num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64,
+                    pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,),
+                ),
+                "vae": flow_vae(),
+                "text_encoder": CLIPTextModelWithProjection(clip_text_config()),
+                "text_encoder_2": CLIPTextModelWithProjection(clip_text_config()),
+                "text_encoder_3": t5_encoder(64),
+            }  # fmt: skip
+        modules["tokenizer"], modules["tokenizer_2"], modules["tokenizer_3"] = clip_tokenizer(), clip_tokenizer("!"), t5_tokenizer()
+        modules["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        facts = self.facts({name: modules[name].config for name in ("transformer", "vae")})
+        return finish(Components("tiny", self.denoiser_name, modules, facts))
