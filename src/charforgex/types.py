@@ -69,6 +69,15 @@ class Crop(Movable):
 
 
 @dataclass(frozen=True)
+class Prior(Movable):
+    """What prior preservation holds still: captions with the class in the trigger's place, as the trained and the base model see them."""
+
+    text: Text
+    base_text: Text
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """One training batch. Latents are a posterior's mean and standard deviation, so that every step samples afresh."""
 
@@ -78,6 +87,9 @@ class Batch(Movable):
     crop: Crop
     mask_B1hw: Tensor | None = None  # loss weights on the latent grid, None for even
     keys: tuple[str, ...] = ()  # the records' content hashes
+    captions: tuple[str, ...] = ()  # what `text` was made of
+    weight_B: Tensor | None = None  # loss weights of whole pictures, None for 1
+    prior: Prior | None = None
 
     def __len__(self) -> int:
         return len(self.mean_BChw)

@@ -14,7 +14,8 @@ from charforgex.draws import torch_generator
 from charforgex.errors import ConfigError
 from charforgex.families.base import Family
 from charforgex.families.process import Ddpm, FlowMatching, Process, shifted
-from charforgex.types import Batch
+from charforgex.lora.inject import without_adapter
+from charforgex.types import Batch, Text
 
 
 def diffusion_loss(
@@ -53,6 +54,7 @@ class Objective:
     (both Esser et al. 2024, section 3.1). shift: of flow matching's times towards noise, a number, or "resolution" for Flux's, which
     grows with the picture; 1 is none.
     noise_offset: adds an offset of this size per channel to the noise (Guttenberg 2023); 0 is off.
+    prior_weight: of the mean square by which the adapter changes predictions for the class, on the same noisy picture; 0 is off.
     """
 
     kind: Literal["mse", "huber"] = "mse"
@@ -65,6 +67,7 @@ class Objective:
     logit_std: Annotated[float, Range(above=0)] = 1.0
     mode_scale: Annotated[float, Range(at_least=-1, at_most=1.75)] = 1.29
     shift: Annotated[float, Range(above=0)] | Literal["resolution"] = 1.0
+    prior_weight: Annotated[float, Range(at_least=0)] = 0.0
 
     def check(self, process: Process) -> None:
         """Raises ConfigError for an option that this process has no use for."""
@@ -119,7 +122,20 @@ class Objective:
         if t_B is None:
             t_B = self.times(len(batch), process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
         t_B = t_B.to(device)
-        with computing_in(next(denoiser.parameters()).dtype, device):
-            prediction = family.denoise(denoiser, process.add_noise(clean, noise, t_B), t_B, batch.text, batch.crop)
+        noisy = process.add_noise(clean, noise, t_B)
+
+        def predict(text: Text) -> Tensor:
+            with computing_in(next(denoiser.parameters()).dtype, device):
+                return family.denoise(denoiser, noisy, t_B, text, batch.crop)
+
+        if batch.prior is not None:
+            with torch.no_grad(), without_adapter(denoiser):
+                base = predict(batch.prior.base_text)
         weight = process.weight(t_B, self.weighting, self.min_snr_gamma)
-        return diffusion_loss(prediction, process.target(clean, noise, t_B), weight, batch.mask_B1hw, self.kind, self.huber_delta)
+        target = process.target(clean, noise, t_B)
+        losses = diffusion_loss(predict(batch.text), target, weight, batch.mask_B1hw, self.kind, self.huber_delta)
+        if batch.weight_B is not None:
+            losses = losses * batch.weight_B
+        if batch.prior is not None:
+            losses = losses + self.prior_weight * diffusion_loss(predict(batch.prior.text), base, torch.ones_like(weight))
+        return losses
