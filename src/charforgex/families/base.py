@@ -115,6 +115,10 @@ class Family(ABC):
         return False
 
     @abstractmethod
+    def published(self, denoiser_config: Mapping[str, Any]) -> str:
+        """The choice of conf/family that is most like a checkpoint with this denoiser, for numbers where nobody gives them."""
+
+    @abstractmethod
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
         """Each module of the denoiser that a LoRA can adapt: its diffusers path to its path in other tools, both with dots."""
 

@@ -123,6 +123,9 @@ class Flux(Family):
         )[0]
         return self.unpack(packed, height, width)
 
+    def published(self, denoiser_config: Mapping[str, Any]) -> str:
+        return "flux_dev" if denoiser_config["guidance_embeds"] else "flux_schnell"
+
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
         from diffusers import FluxTransformer2DModel
 

@@ -128,6 +128,11 @@ class Sd3(Family):
             return_dict=False,
         )[0]
 
+    def published(self, denoiser_config: Mapping[str, Any]) -> str:
+        if denoiser_config.get("dual_attention_layers"):
+            return "sd35_medium"
+        return "sd35_large" if denoiser_config["num_layers"] > 24 else "sd3_medium"
+
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
         from diffusers import SD3Transformer2DModel
 

@@ -98,6 +98,9 @@ class Sdxl(Family):
         tokens = text.tokens_BLD.to(noisy.dtype)
         return denoiser(noisy, index, encoder_hidden_states=tokens, added_cond_kwargs=conditions, return_dict=False)[0]
 
+    def published(self, denoiser_config: Mapping[str, Any]) -> str:
+        return "sdxl_base"
+
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
         return dict(_sgm_names(json.dumps(dict(denoiser_config), sort_keys=True, default=str)))
 

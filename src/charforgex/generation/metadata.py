@@ -50,6 +50,7 @@ class Recipe:
     dtype: str
     loras: tuple[LoraUse, ...]
     versions: dict[str, str | None]
+    true_guidance: float | None = None  # where guidance is a vector (Flux): classifier-free guidance besides
 
 
 def parameters(recipe: Recipe) -> str:

@@ -50,6 +50,8 @@ def generate(cfg: Any) -> dict[str, Any]:
     from charforgex.generation.stack import read_stack
 
     stack = read_stack(settings)
+    settings = settings.filled(stack.recipe)
+    _check_guidance(settings, stack)
     trigger = _trigger(settings, stack, templates)
     check_templates(templates, settings.wildcard_dir, trigger)
     size = _size(settings, stack)
@@ -69,6 +71,7 @@ def generate(cfg: Any) -> dict[str, Any]:
         truncated = _truncated(stack, parts, jobs)
         common = dict(
             negative=settings.negative, width=size[1], height=size[0], steps=settings.steps, guidance=settings.guidance,
+            true_guidance=settings.true_guidance if stack.family.has_true_guidance else None,
             guidance_rescale=settings.guidance_rescale, scheduler=settings.scheduler, scheduler_class=type(scheduler).__name__,
             schedule_type="Karras" if scheduler.config.get("use_karras_sigmas") else None, family=stack.family.name,
             base=_public_name(stack.base), base_is_file=Path(stack.base).expanduser().is_file(), dtype=str(dtype).removeprefix("torch."),
@@ -154,8 +157,8 @@ def _sampled(
             with _enough_memory(f"batch_size={max(1, len(batch) // 2)}, or a smaller width and height"):
                 pictures = sample(
                     stack.family, parts, [job.prompt for job in batch], [job.seed for job in batch], size=size, steps=settings.steps,
-                    guidance=settings.guidance, negative=settings.negative, guidance_rescale=settings.guidance_rescale,
-                    batch_size=settings.batch_size, scheduler=settings.scheduler,
+                    guidance=settings.guidance, true_guidance=settings.true_guidance, negative=settings.negative,
+                    guidance_rescale=settings.guidance_rescale, batch_size=settings.batch_size, scheduler=settings.scheduler,
                     on_step=lambda _done, total, share=share: on_step(share / total),
                 )  # fmt: skip
             yield batch, pictures
@@ -192,6 +195,15 @@ def _trigger(settings: Settings, stack: Stack, templates: Sequence[str]) -> str 
             raise ConfigError(f"trigger={settings.trigger} has no effect: no prompt holds {{trigger}}.")
         return settings.trigger
     return ", ".join(dict.fromkeys(adapter.trigger for adapter in stack.adapters if adapter.trigger)) or None
+
+
+def _check_guidance(settings: Settings, stack: Stack) -> None:
+    from charforgex.generation.sampling import needs_negative
+
+    guided = needs_negative(stack.family, stack.bare, settings.guidance, settings.true_guidance)
+    name = "true_guidance" if stack.family.has_true_guidance else "guidance"
+    if settings.negative and not guided:
+        raise ConfigError(f"negative={settings.negative} has no effect with {name}={getattr(settings, name):g}; {name} must be above 1.")
 
 
 def _size(settings: Settings, stack: Stack) -> tuple[int, int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from charforgex.config import Range
 from charforgex.errors import ConfigError
+from charforgex.families.settings import FamilySettings, Positive, Recipe
 from charforgex.generation.schedulers import DEFAULT, check_scheduler_name
 
-Positive = Annotated[int, Range(at_least=1)]
 Scale = Annotated[float, Range(at_least=-10, at_most=10)]
 
 
@@ -21,20 +21,29 @@ class LoggerSettings:
     project: str = "charforgex"
     offline: bool = False
 
-
-@dataclass(frozen=True)
-class FamilySettings:
-    """A choice of conf/family. `dtype` and `recipe` are numbers for training."""
-
-    name: str
-    source: str
-    tokenizer: str | None = None
-    dtype: str = "float32"
-    recipe: dict[str, Any] = field(default_factory=dict)
+    def __post_init__(self):
+        if self.offline and not self.wandb:
+            raise ConfigError("logger.offline=true has no effect with logger.wandb=false; say logger=wandb.")
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
+    """How pictures are sampled, here and in the previews of a training. What is None is as the family's recipe has it."""
+
+    steps: Positive | None = None
+    guidance: Annotated[float, Range(at_least=0, at_most=50)] | None = None
+    true_guidance: Annotated[float, Range(at_least=1, at_most=50)] | None = None
+    scheduler: str = DEFAULT
+    negative: str = ""
+    batch_size: Positive = 8
+
+    def filled(self, recipe: Recipe):
+        own = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "true_guidance": recipe.true_guidance}
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+@dataclass(frozen=True)
+class Settings(SamplingSettings):
     """Raises ConfigError for values that contradict each other or would have no effect."""
 
     lora: str | list[str] | None = None
@@ -50,12 +59,7 @@ class Settings:
     seed: int = 0
     count: Positive = 4
     seeds: list[int] | None = None
-    steps: Positive = 20
-    guidance: Annotated[float, Range(at_least=0, at_most=50)] = 3.0
     guidance_rescale: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
-    scheduler: str = DEFAULT
-    negative: str = ""
-    batch_size: Positive = 8
     width: Positive | None = None
     height: Positive | None = None
     device: str = "auto"
@@ -67,12 +71,6 @@ class Settings:
 
     def __post_init__(self):
         check_scheduler_name(self.scheduler)
-        if self.guidance <= 1:
-            for name in ("negative", "guidance_rescale"):
-                if getattr(self, name):
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)} has no effect with guidance={self.guidance:g}; guidance must be above 1."
-                    )
         if self.seeds is not None and not self.seeds:
             raise ConfigError("seeds=[] is an empty list; name seeds, or leave it out and say count=4.")
         if self.wildcard_dir is not None and not self.wildcard_dir.is_dir():

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from charforgex.config import bind, conf_folder
 from charforgex.errors import ConfigError, LoraError, ModelError
 from charforgex.families.registry import FAMILIES, get
+from charforgex.families.settings import FamilySettings
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family
+    from charforgex.families.settings import Recipe
     from charforgex.generation.settings import Settings
     from charforgex.lora.state import Lora
     from charforgex.types import Components
@@ -38,6 +41,7 @@ class Stack:
     bare: Components
     adapters: list[Adapter]
     warnings: list[str]
+    recipe: Recipe
 
 
 def read_stack(settings: Settings) -> Stack:
@@ -63,7 +67,8 @@ def read_stack(settings: Settings) -> Stack:
         lora = read(path, family, config)
         lora.check()
         adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora))
-    return Stack(family, base, bare, adapters, _warnings(family, bare, metadata))
+    recipe = _recipe(settings, family, base, config)
+    return Stack(family, base, bare, adapters, _warnings(family, bare, metadata), recipe)
 
 
 def trigger_of(metadata: Mapping[str, str]) -> str | None:
@@ -113,6 +118,18 @@ def _base(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> tup
             f"{next(iter(metadata))} does not say which base model it was trained on; say base=<folder, hub id or .safetensors>."
         )
     return DEFAULT_BASE, None
+
+
+def _recipe(settings: Settings, family: Family, base: str, denoiser_config: Mapping[str, Any]) -> Recipe:
+    """The numbers of the choice of conf/family that was made, else of the one that names this base, else of the base most like it."""
+    from omegaconf import OmegaConf
+
+    if settings.family is not None:
+        return settings.family.recipe
+    choices = {path.stem: OmegaConf.load(path) for path in sorted((conf_folder() / "family").glob("*.yaml"))}
+    same = (stem for stem, choice in choices.items() if (choice.get("name"), choice.get("source")) == (family.name, base))
+    stem = next(same, None) or family.published(denoiser_config)
+    return bind(FamilySettings, choices[stem], f"conf/family/{stem}.yaml").recipe
 
 
 def _names(paths: list[Path]) -> dict[str, Path]:

@@ -20,11 +20,12 @@ from charforgex.evaluation.alignment import Follower
 from charforgex.evaluation.identity import Embedder, diversity, nearest, similarity
 from charforgex.families.base import Family
 from charforgex.generation.sampling import sample
+from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.sheets import contact_sheet
 from charforgex.lora.inject import without_adapter
 from charforgex.runs import replace_atomic
 from charforgex.training.losses import Objective
-from charforgex.training.settings import EvaluationSettings, SamplingSettings
+from charforgex.training.settings import EvaluationSettings
 from charforgex.types import Components, Text
 
 COLUMNS = 8  # of contact sheets

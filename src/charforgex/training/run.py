@@ -14,14 +14,13 @@ from charforgex import runs
 from charforgex.config import arguments, bind
 from charforgex.errors import ConfigError
 from charforgex.families import registry
+from charforgex.families.settings import FamilySettings
+from charforgex.generation.settings import LoggerSettings, SamplingSettings
 from charforgex.training.settings import (
     EvaluationSettings,
-    FamilySettings,
-    LoggerSettings,
     LoraSettings,
     OptimizerSettings,
     RunSettings,
-    SamplingSettings,
     TrainerSettings,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,60 +68,3 @@ class EvaluationSettings:
     prompts: tuple[str, ...] = ()
     seeds: Positive = 1  # pictures per prompt
     times: Positive = 8  # noise levels of the validation loss
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A family's own numbers, from which the other groups take theirs."""
-
-    resolution: Positive
-    batch_size: Positive
-    steps: Positive
-    rank: Positive
-    alpha: Annotated[float, Range(above=0)]
-    targets: str
-    lr: Annotated[float, Range(above=0)]
-    evaluate_every: Positive
-    weighting: str
-    timesteps: str
-    shift: float | str
-    sampling_steps: Positive
-    guidance: Annotated[float, Range(at_least=0)]
-    true_guidance: Annotated[float, Range(at_least=1)]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """What is None is as the family's recipe has it."""
-
-    steps: Positive | None = None
-    guidance: Annotated[float, Range(at_least=0)] | None = None
-    true_guidance: Annotated[float, Range(at_least=1)] | None = None
-    scheduler: str = "checkpoint"
-    negative: str = ""
-    batch_size: Positive = 8
-
-    def filled(self, recipe: Recipe) -> SamplingSettings:
-        own = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "true_guidance": recipe.true_guidance}
-        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
-
-
-@dataclass(frozen=True)
-class FamilySettings:
-    name: str
-    source: str
-    recipe: Recipe
-    tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-@dataclass(frozen=True)
-class LoggerSettings:
-    tensorboard: bool = True
-    wandb: bool = False
-    project: str = "charforgex"
-    offline: bool = False
-
-    def __post_init__(self):
-        if self.offline and not self.wandb:
-            raise ConfigError("logger.offline=true has no effect with logger.wandb=false.")
