@@ -130,23 +130,31 @@ def t5(tokens, width: int = 192):
     ))  # fmt: skip
 
 
-def flux(width: int = 160, doubles: int = 2, singles: int = 5, text_width: int = 192, pooled_width: int = 64):
+def flux(width: int = 128, doubles: int = 2, singles: int = 6, text_width: int = 192, pooled_width: int = 64):
     """Flux.1-dev's architecture, its guidance vector included."""
     from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel(
+    return _zero_gates(FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=doubles, num_single_layers=singles, attention_head_dim=32,
         num_attention_heads=width // 32, joint_attention_dim=text_width, pooled_projection_dim=pooled_width, guidance_embeds=True,
         axes_dims_rope=(4, 14, 14),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def sd3(width: int = 128, layers: int = 6, text_width: int = 192, pooled_width: int = 64 + 128):
     """Stable Diffusion 3's architecture, with the normalised attention of 3.5."""
     from diffusers import SD3Transformer2DModel
 
-    return SD3Transformer2DModel(
+    return _zero_gates(SD3Transformer2DModel(
         sample_size=SIZE // 4, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=32,
         num_attention_heads=width // 32, caption_projection_dim=width, joint_attention_dim=text_width,
         pooled_projection_dim=pooled_width, pos_embed_max_size=24, qk_norm="rms_norm",
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _zero_gates(transformer):
+    """Every block starts as the identity and the prediction as zero (adaLN-Zero, Peebles & Xie 2023); diffusers draws these too."""
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name and ".linear." in name or name.startswith("proj_out"):
+            parameter.data.zero_()
+    return transformer

@@ -43,7 +43,7 @@ STAGES = ("vae", "text", "judge", "base", "decoder")
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
 FLUX_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-SD3_TEXT = ("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3")
+SD3_TEXT = ("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def folders(stage: str, family: str) -> list[str]:

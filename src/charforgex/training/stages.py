@@ -7,6 +7,7 @@ trained on. Pixels are uint8 (B, H, W, 3) in a bank and (B, 3, H, W) in [-1, 1] 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from charforgex.charworld import models
+from charforgex.charworld.assets import ROOT
 from charforgex.charworld.judge import Judge
 from charforgex.charworld.world import ATTRIBUTES, visible_attributes
 from charforgex.data.rendered import RenderedBank
@@ -253,11 +255,11 @@ class ShortTextNetworks(nn.Module):
         write(self.clip, out / "sd3/text_encoder")
         for folder in ("flux/text_encoder_2", "sd3/text_encoder_3"):
             write(self.t5, out / folder)
-        for tokens, folder in (
-            (self.tokens, "flux/tokenizer"), (self.t5_tokens, "flux/tokenizer_2"), (self.tokens, "sd3/tokenizer"),
-            (self.t5_tokens, "sd3/tokenizer_3"),
-        ):  # fmt: skip
-            tokens.save_pretrained(out / folder)
+        for folder in ("flux/tokenizer", "sd3/tokenizer", "sd3/tokenizer_2"):
+            self.tokens.save_pretrained(out / folder)
+        for folder in ("flux/tokenizer_2", "sd3/tokenizer_3"):
+            self.t5_tokens.save_pretrained(out / folder)
+        shutil.copytree(ROOT / "sdxl/text_encoder_2", out / "sd3/text_encoder_2", dirs_exist_ok=True)  # CLIP-G is SDXL's
 
 
 class ShortTextModule(Pretraining):
