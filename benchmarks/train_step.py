@@ -234,7 +234,7 @@ def make_module(setup: Setup, denoiser: nn.Module, process, data: CharacterData)
     from charforgex.training.optimizers import build_optimizer, schedule
 
     family = Sdxl()
-    inject(denoiser, family.lora_targets("attention"), setup.rank, setup.rank)
+    inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
     compile_denoiser(setup, denoiser)
     return DenoiserModule(
         family, denoiser, process, Objective(), adapter_parameters(denoiser),
@@ -404,7 +404,7 @@ def count_flops(setup: Setup, model: Path, batch: Batch) -> int:
     family = Sdxl()
     with torch.device("meta"):
         denoiser = build(family, "unet", read_config(model, "unet"))
-    inject(denoiser, family.lora_targets("attention"), setup.rank, setup.rank)
+    inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
     batch = batch.to("meta")
     timesteps = torch.zeros(len(batch), dtype=torch.long, device="meta")
     # the plain kernel: attention is then matrix products, which are counted on every device

@@ -100,7 +100,7 @@ def test_to_clean_inverts_add_noise(row, parts):
 def test_denoise_keeps_the_shape_and_only_the_adapter_gets_gradients(row, parts):
     batch = batch_of(row, parts)
     before = {name: tensor.clone() for name, tensor in parts.denoiser.state_dict().items()}
-    inject(parts.denoiser, row.family.lora_targets("attention"), rank=2, alpha=2)
+    inject(parts.denoiser, row.family.lora_targets("attention", parts.denoiser.config), rank=2, alpha=2)
     move(parts)
     prediction = predict(row, parts, batch)
     assert prediction.shape == batch.mean_BChw.shape
@@ -118,7 +118,7 @@ def test_twenty_five_steps_lower_the_loss(row, parts):
     """On one picture and one set of noises, so that the comparison is exact."""
     batch, process, objective = batch_of(row, parts), row.family.process(parts), Objective()
     parts.drop("vae")
-    inject(parts.denoiser, row.family.lora_targets("all"), rank=4, alpha=4)
+    inject(parts.denoiser, row.family.lora_targets("all", parts.denoiser.config), rank=4, alpha=4)
     optimizer = torch.optim.AdamW(adapter_parameters(parts.denoiser).values(), lr=2e-2)
     losses = []
     for _ in range(25):
@@ -134,7 +134,7 @@ def test_twenty_five_steps_lower_the_loss(row, parts):
 def test_scale_zero_changes_nothing_and_scale_one_does(row, parts):
     batch = batch_of(row, parts)
     base = predict(row, parts, batch)
-    inject(parts.denoiser, row.family.lora_targets("attention"), rank=2, alpha=1)
+    inject(parts.denoiser, row.family.lora_targets("attention", parts.denoiser.config), rank=2, alpha=1)
     assert torch.equal(predict(row, parts, batch), base), "a fresh adapter is no change"
     move(parts)
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
@@ -151,7 +151,7 @@ def test_scale_zero_changes_nothing_and_scale_one_does(row, parts):
 
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_save_load_save_is_identical(row, parts, format, tmp_path):
-    inject(parts.denoiser, row.family.lora_targets("all"), rank=3, alpha=1.5)
+    inject(parts.denoiser, row.family.lora_targets("all", parts.denoiser.config), rank=3, alpha=1.5)
     move(parts)
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
     first = formats.save_verified(lora, tmp_path / "first.safetensors", format, row.family, parts.denoiser)
@@ -174,7 +174,7 @@ def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
     with pytest.raises(LoraError, match="whole checkpoint"):
         formats.identify(keys)
     assert identify({key: tensor.shape for key, tensor in parts.denoiser.state_dict().items()}) not in registry.FAMILIES
-    inject(parts.denoiser, row.family.lora_targets("attention"), rank=2, alpha=2)
+    inject(parts.denoiser, row.family.lora_targets("attention", parts.denoiser.config), rank=2, alpha=2)
     move(parts)
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
     for format in formats.FORMATS:
@@ -182,9 +182,9 @@ def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
         assert identify({key: tensor.shape for key, tensor in tensors.items()}) == "a LoRA"
 
 
-def test_presets_are_named_when_one_is_unknown(row):
+def test_presets_are_named_when_one_is_unknown(row, parts):
     with pytest.raises(ConfigError, match=r"lora\.targets=everything is unknown.*attention"):
-        row.family.lora_targets("everything")
+        row.family.lora_targets("everything", parts.denoiser.config)
 
 
 # ---- the value of the loss ----

@@ -202,10 +202,10 @@ def test_pipeline_lives_without_encoders_and_vae(parts):
 def test_lora_targets_exist(parts):
     modules = [name for name, _ in parts.denoiser.named_modules()]
     for preset in TARGETS:
-        for target in FAMILY.lora_targets(preset):
+        for target in FAMILY.lora_targets(preset, {}):
             assert any(name.endswith(f".{target}") for name in modules), target
     with pytest.raises(ConfigError, match=r"lora\.targets=attn.*attention"):
-        FAMILY.lora_targets("attn")
+        FAMILY.lora_targets("attn", {})
 
 
 def test_sizes(parts):

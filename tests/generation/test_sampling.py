@@ -183,7 +183,7 @@ def test_runs_with_an_adapter_and_leaves_modules_as_they_were():
 
     parts = FAMILY.tiny()
     base = latents(parts)
-    config = LoraConfig(r=2, target_modules=FAMILY.lora_targets("attention"), lora_dropout=0.5, init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=FAMILY.lora_targets("attention", {}), lora_dropout=0.5, init_lora_weights=False)
     inject_adapter_in_model(config, parts.denoiser)
     parts.denoiser.train()
     parts.denoiser.conv_in.eval()

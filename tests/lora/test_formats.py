@@ -162,7 +162,7 @@ class Warnings(diffusers_logging.logging.Handler):
 @pytest.mark.parametrize("kind", ["alpha is not rank", "mixed", "convolutions", "with text encoders"])
 def test_diffusers_loads_our_files_and_computes_the_same(family, parts, trained, predict, tmp_path, format, kind):
     if kind == "convolutions":
-        trained(parts, family.lora_targets("all"))
+        trained(parts, family.lora_targets("all", parts.denoiser.config))
     else:
         trained(parts)
     lora = read_adapter(parts.denoiser, "unet")

@@ -87,7 +87,7 @@ def losses_and_gradients(dtype=torch.float32, checkpointing=False):
     if checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
-    inject(unet, family.lora_targets("attention"), 4, 4.0)
+    inject(unet, family.lora_targets("attention", unet.config), 4, 4.0)
     parameters = adapter_parameters(unet)
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -123,8 +123,8 @@ class Family(ABC):
         """Each module of the denoiser that a LoRA can adapt: its diffusers path to its path in other tools, both with dots."""
 
     @abstractmethod
-    def lora_targets(self, preset: str) -> list[str]:
-        """Which of the denoiser's modules a preset adapts, as peft `target_modules` suffixes. Raises ConfigError."""
+    def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
+        """The modules that a preset adapts, as peft `target_modules` suffixes; none whose adapter would do nothing. Raises ConfigError."""
 
     @abstractmethod
     def pipeline(self, parts: Components) -> DiffusionPipeline:

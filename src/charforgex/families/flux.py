@@ -133,7 +133,7 @@ class Flux(Family):
             transformer = FluxTransformer2DModel.from_config(dict(denoiser_config))
         return {path: path for path, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
 
-    def lora_targets(self, preset: str) -> list[str]:
+    def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         if preset not in TARGETS:
             raise ConfigError(f"lora.targets={preset} is unknown for flux; choose one of {', '.join(TARGETS)}.")
         return TARGETS[preset]

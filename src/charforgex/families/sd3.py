@@ -18,16 +18,15 @@ from charforgex.types import Components, Crop, Text
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 JOINT = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-# "attention" leaves out the second attention that SD3.5 medium has in its first blocks; "all" takes it where it is
-TARGETS = {"attention": [f"attn.{name}" for name in JOINT]}
-TARGETS["attention_dual"] = [*TARGETS["attention"], *(f"attn2.{name}" for name in JOINT[:4])]
-TARGETS["attention_mlp"] = [
-    *TARGETS["attention"], "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-]  # fmt: skip
-TARGETS["all"] = [
-    *(f"transformer_blocks.*.attn*.{name}" for name in JOINT), *TARGETS["attention_mlp"][len(JOINT):], "norm1.linear",
-    "norm1_context.linear",
-]  # fmt: skip
+ATTENTION = [f"attn.{name}" for name in JOINT]
+DUAL = [f"attn2.{name}" for name in JOINT[:4]]  # the second attention that SD3.5 medium has in its first blocks
+MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+TARGETS = {
+    "attention": ATTENTION,
+    "attention_dual": [*ATTENTION, *DUAL],
+    "attention_mlp": [*ATTENTION, *MLP],
+    "all": [*ATTENTION, *MLP, "norm1.linear", "norm1_context.linear"],  # and the second attention where there is one
+}
 
 
 class Sd3(Family):
@@ -140,10 +139,16 @@ class Sd3(Family):
             transformer = SD3Transformer2DModel.from_config(dict(denoiser_config))
         return {path: path for path, module in transformer.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
 
-    def lora_targets(self, preset: str) -> list[str]:
+    def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
+        """Without the last block's query of the text, whose answer nothing reads: an adapter there would never learn."""
         if preset not in TARGETS:
             raise ConfigError(f"lora.targets={preset} is unknown for sd3; choose one of {', '.join(TARGETS)}.")
-        return TARGETS[preset]
+        has_dual = bool(denoiser_config.get("dual_attention_layers"))
+        if preset == "attention_dual" and not has_dual:
+            raise ConfigError("lora.targets=attention_dual: this base has no second attention (SD3.5 medium has); choose attention.")
+        targets = [*TARGETS[preset], *(DUAL if preset == "all" and has_dual else [])]
+        blocks = range(denoiser_config["num_layers"] - 1)
+        return [path for t in targets for path in ([f"transformer_blocks.{i}.{t}" for i in blocks] if t == "attn.add_q_proj" else [t])]
 
     def pipeline(self, parts: Components):
         from charforgex.families.loading import quiet

@@ -104,7 +104,7 @@ class Sdxl(Family):
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
         return dict(_sgm_names(json.dumps(dict(denoiser_config), sort_keys=True, default=str)))
 
-    def lora_targets(self, preset: str) -> list[str]:
+    def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         if preset not in TARGETS:
             raise ConfigError(f"lora.targets={preset} is unknown for sdxl; choose one of {', '.join(TARGETS)}.")
         return TARGETS[preset]

@@ -17,6 +17,7 @@ from rich.console import Console
 from charforgex import runs
 from charforgex.config import bind
 from charforgex.curation.manifest import read_picture
+from charforgex.data.captions import class_of
 from charforgex.data.datamodule import CharacterData, LoadParts
 from charforgex.data.rendered import trigger_of, write_character
 from charforgex.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from charforgex.evaluation.alignment import get_follower
 from charforgex.evaluation.identity import get_embedder
 from charforgex.families import registry
 from charforgex.families.base import Family
-from charforgex.families.loading import load_components, quiet, weights_hash
+from charforgex.families.loading import denoiser_config, load_components, quiet, weights_hash
 from charforgex.generation.schedulers import check_scheduler_name
 from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapter
@@ -88,6 +89,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         "data",
         source=character.source,
         trigger=character.trigger,
+        class_word=class_of(character.trigger, cfg.data.class_word) if objective.prior_weight else None,
         cache=Path(cfg.cache_dir),
         seed=cfg.seed,
     )
@@ -95,7 +97,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         raise DataError("No picture is held out, so nothing could tell whether the LoRA is the character; set data.val_count to 1 or more.")
 
     targets = settings.lora.targets
-    targets = family.lora_targets(targets) if isinstance(targets, str) else targets
+    targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
     load_parts = loader(cfg, family, choose_device(settings.trainer.accelerator))
     objective.check(family.process(load_parts([])))  # the scheduler alone
     parts = load_parts(["denoiser"])
