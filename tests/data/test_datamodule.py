@@ -111,8 +111,8 @@ def test_captions_are_varied_dropped_and_all_used(folder, prepared):
     assert sorted(family.texts) == sorted(kept | {""})  # equal captions are encoded once
     assert torch.equal(data.text("").tokens_BLD, Sdxl().encode_text(BASE, [""]).tokens_BLD)
     batch, drawn = data.batch(3), data._draw(3)
-    for place, (_, _, text) in enumerate(drawn):
-        assert torch.equal(batch.text.tokens_BLD[place], data.text(text).tokens_BLD[0])
+    for place, one in enumerate(drawn):
+        assert torch.equal(batch.text.tokens_BLD[place], data.text(one.text).tokens_BLD[0])
 
 
 def test_prompts_of_previews_are_encoded_too(prepared):

@@ -57,6 +57,25 @@ def with_trigger(records: Sequence[Record], trigger: str | None, add: bool, sepa
     return out
 
 
+def class_of(trigger: str | None, class_word: str | None) -> str:
+    """What the character is one of: `class_word`, or the trigger without its first word. Raises ConfigError if neither says it."""
+    if not trigger:
+        raise ConfigError("loss.prior_weight needs data.trigger: captions with the class in its place are what it holds still.")
+    word = class_word or trigger.partition(" ")[2].strip()
+    if not word:
+        raise ConfigError(
+            f'loss.prior_weight needs the class of the trigger "{trigger}"; set data.class_word, such as data.class_word=woman.'
+        )
+    if has_trigger(word, trigger):
+        raise ConfigError(f'data.class_word="{word}" holds the trigger "{trigger}"; name the class alone, such as woman.')
+    return word
+
+
+def without_trigger(caption: str, trigger: str, class_word: str) -> str:
+    """The caption with the class in the trigger's place."""
+    return re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _: class_word, caption)
+
+
 def split_tags(caption: str, separator: str) -> list[str]:
     return [tag.strip() for tag in caption.split(separator) if tag.strip()]
 

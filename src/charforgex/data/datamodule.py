@@ -11,8 +11,10 @@ and k alone: not on the number of workers, nor on where a run was interrupted.
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,10 +28,11 @@ from charforgex.curation.manifest import MIN_TRAIN, Problem, Record, decode_pict
 from charforgex.data import captions
 from charforgex.data.buckets import FILTER, Cut
 from charforgex.data.cache import Cache, Entry, key_of
-from charforgex.data.dataset import Item, Order, arrange
-from charforgex.draws import python_rng
+from charforgex.data.dataset import Drawn, Item, Order, arrange, group
+from charforgex.data.regularisation import Mixture, Regularisation
+from charforgex.draws import python_rng, seed_of
 from charforgex.errors import ConfigError, DataError
-from charforgex.types import Batch, Components, Crop, Text
+from charforgex.types import Batch, Components, Crop, Prior, Text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,6 +72,8 @@ class CharacterData:
         repeats: dict[str, int] | None = None,
         val_count: int | None = None,
         background: tuple[int, int, int] = (255, 255, 255),
+        class_word: str | None = None,
+        regularisation: Regularisation | None = None,
         seed: int = 0,
     ):
         """`source` is a folder of pictures with .txt captions or a .jsonl manifest; `cache` a folder that any dataset may share.
@@ -77,6 +82,7 @@ class CharacterData:
         `caption_variants`: orders of tags cached per caption, 4 if not given; only with `shuffle_tags`, as is `keep_tokens`, the number
         of first tags that stay in place. `subject_weight`: the loss weight of a mask's white, against 1 elsewhere.
         `upscale`: also enlarge pictures more than 1.25 times. `repeats`: per top-level subfolder, how often its pictures come in an epoch.
+        With `class_word`, batches of the character bring its captions with this word in the trigger's place, for prior preservation.
         Raises ConfigError for settings that mean nothing here, DataError for pictures or captions that cannot be used.
         """
         if not shuffle_tags and (keep_tokens or caption_variants):
@@ -95,7 +101,8 @@ class CharacterData:
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.caption_dropout, self.flip, self.upscale = caption_dropout, flip, upscale
         self.subject_weight, self.background, self.trigger = subject_weight, tuple(background), trigger
-        self.tag_separator, self.repeats = tag_separator, dict(repeats or {})
+        self.tag_separator, self.repeats, self.class_word = tag_separator, dict(repeats or {}), class_word
+        self.regularisation = regularisation or Regularisation()
         self.cache = Cache(cache)
 
         records = captions.with_trigger(self._enough(self.manifest.records), trigger, add_trigger, tag_separator, default_caption)
@@ -104,6 +111,11 @@ class CharacterData:
         self.val = tuple(record for record in records if record.split == "val")
         self._check_masks()
         self._check_repeats()
+        self._regular_manifest, self.regular = None, ()
+        if self.regularisation.source is not None:
+            self._regular_manifest, regular = self.regularisation.read(trigger, {record.sha256 for record in records})
+            self.regular, self.problems = tuple(regular), (*self.problems, *self._regular_manifest.problems)
+        self._of_regular = {record.sha256 for record in self.regular}
         count = (caption_variants or 4) if shuffle_tags else 1
         self.texts = {
             record.sha256: list(
@@ -113,7 +125,7 @@ class CharacterData:
                     for text in captions.variants(caption, count, tag_separator, keep_tokens, seed)
                 )
             )
-            for record in self.train
+            for record in (*self.train, *self.regular)
         }  # fmt: skip
         self._prepared = False
 
@@ -168,22 +180,25 @@ class CharacterData:
         these give; `dtype` is what they compute in. `prompts` are encoded too, for `text`. Entries are encoded one by one, so that
         their bits never depend on what else was missing: an interrupted preparation ends with the same cache.
         """
-        self.items, notes = arrange(self.train, self.resolutions, pixel_multiple, self.upscale, self.repeats)
+        items, notes = arrange(self.train, self.resolutions, pixel_multiple, self.upscale, self.repeats)
         held_out, more_notes = arrange(self.val, self.resolutions, pixel_multiple, self.upscale, {})
-        self.notes = list(dict.fromkeys([*self.notes, *notes, *more_notes]))
-        if not self.items:
-            raise DataError(
-                f"Every picture is too small for data.resolution={self.resolutions}: {some(notes, 2)}. "
-                "Lower data.resolution, or set data.upscale=true."
-            )
+        regular, regular_notes = arrange(self.regular, self.resolutions, pixel_multiple, self.upscale, {})
+        self.notes = list(dict.fromkeys([*self.notes, *notes, *more_notes, *regular_notes]))
+        for whose, wanted, found, why in (("", self.train, items, notes), ("regularisation ", self.regular, regular, regular_notes)):
+            if wanted and not found:
+                raise DataError(
+                    f"Every {whose}picture is too small for data.resolution={self.resolutions}: {some(why, 2)}. "
+                    "Lower data.resolution, or set data.upscale=true."
+                )
+        self.items = [*items, *(replace(item, regular=True) for item in regular)]
         # Once per held-out picture, at the largest size it allows: resolutions ascend.
         self.val_items = list({item.record.sha256: item for item in held_out}.values())
         self._base = {"family": family.name, "dtype": dtype}
         self._weights, self._stride = dict(weights), latent_stride
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for number, item in enumerate(self.items):
-            buckets.setdefault(item.cut.size, []).extend([number] * item.repeats)
-        self._order = Order(buckets, self.batch_size, self.seed)
+        self._order = self._own = Order(group(items), self.batch_size, self.seed)
+        if regular:
+            other = Order(group(regular, first=len(items)), self.batch_size, seed_of(self.seed, "regularisation"))
+            self._order = Mixture(self._own, other, self.regularisation.share)
 
         self._prepared = True
         made = {"mask": self._prepare_masks()}
@@ -209,8 +224,9 @@ class CharacterData:
 
     def _file(self, relative: str, sha256: str) -> bytes:
         """A file's content, which must be what the manifest says: an entry filed under another picture's hash would be stale for ever."""
+        manifest = self._regular_manifest if sha256 in self._of_regular else self.manifest
         try:
-            data = read_bytes(self.manifest.file(relative))
+            data = read_bytes(manifest.file(relative))
         except DataError as error:
             raise DataError(f"{relative} cannot be used: {error}.") from error
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -256,6 +272,8 @@ class CharacterData:
     def _prepare_texts(self, family: Family, load_parts: LoadParts, prompts: Sequence[str], progress: bool) -> int:
         texts = ["", *prompts, *(record.captions[0] for record in self.val)]
         texts += [text for found in self.texts.values() for text in found]
+        if self.class_word is not None:
+            texts += [self._class_text(text) for record in self.train for text in self.texts[record.sha256]]
         wanted = {self._text_key(text): text for text in texts}
         missing = {}
         for key, text in wanted.items():
@@ -307,48 +325,70 @@ class CharacterData:
 
     # ---- batches ----
 
-    def _row(self, item: Item, cut: Cut, text: str) -> tuple[Entry, Text, Cut, Tensor | None, str]:
-        weights = None
+    def _row(self, drawn: Drawn) -> dict:
+        """One place of a batch, as `_collate` takes it."""
+        item, cut = drawn.item, drawn.cut
+        row = {"entry": self.cache.read(self._latent_key(item.record, cut)), "cut": cut, "key": item.record.sha256, "caption": drawn.text}
         if self.subject_weight != 1:
             grid = (1, *(side // self._stride for side in cut.size))
             mask = self.cache.read(self._mask_key(item.record, cut))["mask"] if item.record.mask else torch.zeros(grid)
-            weights = 1 + (self.subject_weight - 1) * mask
-        return self.cache.read(self._latent_key(item.record, cut)), self.text(text), cut, weights, item.record.sha256
+            row["mask"] = 1 + (self.subject_weight - 1) * mask
+        if item.regular:
+            row["weight"] = self.regularisation.weight
+        return row
 
-    def _collate(self, rows: list) -> Batch:
-        entries, texts, cuts, weights, keys = zip(*rows, strict=True)
+    def _collate(self, rows: list[dict], class_captions: Sequence[str] | None = None) -> Batch:
+        """A batch of rows that are all the character's or all regular; with captions of its class, for prior preservation."""
+        cuts = [row["cut"] for row in rows]
         sizes = [torch.tensor([pair for pair in pairs], dtype=torch.float32) for pairs in (
             [cut.original for cut in cuts], [cut.top_left for cut in cuts], [cut.size for cut in cuts])]  # fmt: skip
+        said = tuple(row["caption"] for row in rows)
         return Batch(
-            mean_BChw=torch.stack([entry["mean"] for entry in entries]),
-            std_BChw=torch.stack([entry["std"] for entry in entries]),
-            text=Text.stack(list(texts)),
+            mean_BChw=torch.stack([row["entry"]["mean"] for row in rows]),
+            std_BChw=torch.stack([row["entry"]["std"] for row in rows]),
+            text=self.encoded(said),
             crop=Crop(*sizes),
-            mask_B1hw=None if weights[0] is None else torch.stack(weights),
-            keys=keys,
+            mask_B1hw=torch.stack([row["mask"] for row in rows]) if "mask" in rows[0] else None,
+            keys=tuple(row["key"] for row in rows),
+            captions=said,
+            weight_B=torch.tensor([row["weight"] for row in rows]) if "weight" in rows[0] else None,
+            prior=None if class_captions is None else self._prior(tuple(class_captions)),
         )
 
-    def _draw(self, number: int) -> list[tuple[Item, Cut, str]]:
-        """What batch `number` holds: items, their cuts, their captions."""
+    def _prior(self, texts: tuple[str, ...]) -> Prior:
+        encoded = self.encoded(texts)
+        return Prior(encoded, encoded, texts)
+
+    def _class_text(self, text: str) -> str:
+        return captions.without_trigger(text, self.trigger, self.class_word)
+
+    def _draw(self, number: int) -> list[Drawn]:
+        """What batch `number` holds."""
         assert self._prepared, "prepare() comes first"
         drawn = []
         for place, index in enumerate(self._order.batch(number)):
             item = self.items[index]
             rng = python_rng(self.seed, "sample", number, place)
             mirrored, dropped = rng.random() < 0.5, rng.random() < self.caption_dropout
-            text = rng.choice(self.texts[item.record.sha256])
-            drawn.append((item, item.cut.mirrored() if self.flip and mirrored else item.cut, "" if dropped else text))
+            caption = rng.choice(self.texts[item.record.sha256])
+            drawn.append(Drawn(item, item.cut.mirrored() if self.flip and mirrored else item.cut, caption, dropped))
         return drawn
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of a step on one of `world` processes: a function of settings, seed, step and rank. Raises DataError if the
         cache has lost what it needs."""
-        return self._collate([self._row(*drawn) for drawn in self._draw(step * world + rank)])
+        drawn = self._draw(step * world + rank)
+        held = self.class_word is not None and not drawn[0].item.regular
+        return self._collate([self._row(one) for one in drawn], [self._class_text(one.caption) for one in drawn] if held else None)
 
     def text(self, text: str) -> Text:
         """An encoded caption or prompt, batch size 1. Only what `prepare` was given or met can be had."""
         entry = self.cache.read(self._text_key(text))
         return Text(entry["tokens"][None], entry["pooled"][None] if "pooled" in entry else None)
+
+    def encoded(self, texts: Sequence[str]) -> Text:
+        """`text` of several, as one."""
+        return Text.stack([self.text(text) for text in texts])
 
     def train_dataloader(self, first_step: int, steps: int, rank: int = 0, world: int = 1) -> DataLoader:
         """`steps` batches from `first_step` on, in order. The same with any number of workers."""
@@ -365,7 +405,7 @@ class CharacterData:
             buckets.setdefault(item.cut.size, []).append(item)
         batches = []
         for _, items in sorted(buckets.items()):
-            rows = [self._row(item, item.cut, item.record.captions[0]) for item in items]
+            rows = [self._row(Drawn(item, item.cut, item.record.captions[0], dropped=False)) for item in items]
             batches += [self._collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
         return batches
 
@@ -381,20 +421,24 @@ class CharacterData:
 
     @property
     def dataset_hash(self) -> str:
-        """SHA-256 over pictures, captions, masks and split."""
-        return self.manifest.content_hash()
+        """SHA-256 over pictures, captions, masks and split, regularisation included."""
+        own = self.manifest.content_hash()
+        if self._regular_manifest is None:
+            return own
+        return hashlib.sha256(f"{own}/{self._regular_manifest.content_hash()}".encode()).hexdigest()
 
     def tag_frequency(self) -> dict[str, int]:
         return captions.tag_frequency(self.train, self.tag_separator)
 
     def final_prompts(self, count: int) -> list[str]:
         """The captions of the first `count` training samples, as they go to the encoder; "" where one is dropped."""
-        return [text for number in range(count) for _, _, text in self._draw(number)][:count]
+        return [drawn.text for number in range(count) for drawn in self._draw(number)][:count]
 
     def epoch_steps(self, world: int = 1) -> int:
-        """Steps in which every picture is seen once, rounded up."""
+        """Steps in which every picture of the character is seen once, rounded up."""
         assert self._prepared, "prepare() comes first"
-        return -(-self._order.cycle_length // (self.batch_size * world))
+        share = 1 - self.regularisation.share if self.regular else 1
+        return math.ceil(self._own.cycle_length / (self.batch_size * world * share))
 
 
 def _is_posterior(entry: Entry, grid: tuple[int, int]) -> bool:

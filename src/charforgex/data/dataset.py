@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from charforgex.curation.manifest import Record
 from charforgex.data.buckets import MAX_ENLARGEMENT, Bucket, Cut, find_bucket, make_buckets, make_cut
@@ -14,11 +15,33 @@ from charforgex.draws import python_rng
 
 @dataclass(frozen=True)
 class Item:
-    """One picture at one size. `repeats` says how often it comes in an epoch."""
+    """One picture at one size. `repeats` says how often it comes in an epoch; `regular` that it is not the character's."""
 
     record: Record
     cut: Cut
     repeats: int = 1
+    regular: bool = False
+
+
+class Drawn(NamedTuple):
+    """One place of a batch: what is shown, and what is said of it. A dropped caption goes to the encoder as ""."""
+
+    item: Item
+    cut: Cut
+    caption: str
+    dropped: bool
+
+    @property
+    def text(self) -> str:
+        return "" if self.dropped else self.caption
+
+
+def group(items: Sequence[Item], first: int = 0) -> dict[Bucket, list[int]]:
+    """Numbers of the items by bucket, counted from `first`, each as often as it comes in an epoch."""
+    buckets: dict[Bucket, list[int]] = {}
+    for number, item in enumerate(items, first):
+        buckets.setdefault(item.cut.size, []).extend([number] * item.repeats)
+    return buckets
 
 
 def arrange(
