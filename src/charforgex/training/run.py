@@ -60,14 +60,26 @@ def check(cfg: DictConfig) -> Settings:
     from charforgex.data.datamodule import CharacterData
     from charforgex.training.losses import Objective
 
-    arguments(CharacterData, data_options(cfg), "data", given=("source", "trigger", "cache", "seed"))
-    bind(Objective, cfg.loss, "loss")
+    arguments(CharacterData, data_options(cfg), "data", given=("source", "trigger", "class_word", "cache", "seed"))
+    objective = bind(Objective, cfg.loss, "loss")
+    if cfg.data.class_word is not None and not objective.prior_weight:
+        raise ConfigError(f"data.class_word={cfg.data.class_word} has no effect with loss.prior_weight=0; set loss.prior_weight=1.")
+    if "pretrain" in cfg:
+        refuse_for_pretraining(cfg)
     return settings
 
 
+def refuse_for_pretraining(cfg: DictConfig) -> None:
+    """Raises ConfigError for what only the training of an adapter on a character's pictures has a use for."""
+    asked = {"loss.prior_weight": cfg.loss.prior_weight, "data.regularisation.source": cfg.data.regularisation.source}
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(f"{name}={value} has no effect with pretrain, which trains the base models themselves; leave it out.")
+
+
 def data_options(cfg: DictConfig) -> dict[str, Any]:
-    """The `data` group without its source and trigger, which a demo character brings itself."""
-    return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger")}
+    """The `data` group without its source and trigger, which a demo character brings itself, and the class that is said with it."""
+    return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger", "class_word")}
 
 
 def train(cfg: DictConfig) -> float:
