@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from charforgex.families.process import Process
+from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class Family(ABC):
     is_video: ClassVar[bool] = False
     channels_per_latent: ClassVar[int] = 1  # input channels of the network for one of a latent: 4 where it takes packed ones
     has_true_guidance: ClassVar[bool] = False  # whether guidance is a vector, and classifier-free guidance something else besides
+    training_guidance: ClassVar[float] = 1.0  # of that vector: at 3.5, a LoRA would learn to undo the distillation
     components: ClassVar[Mapping[str, Mapping[str, str]]]  # group of ALL -> diffusers' component name -> "library.Class"
     pipelines: ClassVar[tuple[str, ...]]  # what model_index.json may name as `_class_name`
     original: ClassVar[Mapping[str, Callable[[str, Mapping], Original]]] = {}  # component -> its spelling in single files
-    kohya_prefixes: ClassVar[Mapping[str, str]]  # component -> how its modules' names begin in kohya's LoRA files
     lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
 
     @property
@@ -86,6 +87,19 @@ class Family(ABC):
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
         """Captions to states, exactly as this family's pipeline makes them. "" gives the unconditional text of guidance."""
 
+    @property
+    def clip_encoders(self) -> list[str]:
+        """The text encoders that can learn."""
+        return [name for name, address in self.components["text"].items() if "CLIPTextModel" in address]
+
+    def num_learning_layers(self, component: str, depth: int) -> int:
+        """How many layers of a CLIP encoder, which has `depth`, change what it says to this family."""
+        return depth
+
+    @abstractmethod
+    def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
+        """`encode_text` with gradients through the CLIP encoders, which are all of `parts` that it needs: what T5 says is in `cached`."""
+
     @abstractmethod
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
         """For each text encoder: the caption as it is seen after truncation, and how many tokens were cut off."""
@@ -119,8 +133,12 @@ class Family(ABC):
         """The choice of conf/family that is most like a checkpoint with this denoiser, for numbers where nobody gives them."""
 
     @abstractmethod
-    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-        """Each module of the denoiser that a LoRA can adapt: its diffusers path to its path in other tools, both with dots."""
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
+        """Each module of the denoiser that a LoRA can adapt, by its diffusers path: where it stands in the original network."""
+
+    def lora_dialects(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Place]]:
+        """LoRA formats of this family alone: format -> the modules it can hold, and their places as the format names them."""
+        return {}
 
     @abstractmethod
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import ConfigError
+from charforgex.families import mmdit
 from charforgex.families.base import Family
-from charforgex.families.process import FlowMatching
+from charforgex.families.parts import adaptable
+from charforgex.families.process import STEPS, FlowMatching
 from charforgex.families.text import seen, t5_states, token_ids
+from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
-TRAINING_GUIDANCE = 1.0  # of the vector of distilled checkpoints: at 3.5, a LoRA learns to undo the distillation
 PATCH = 2
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-TARGETS = {"attention": ATTENTION}
-TARGETS["attention_mlp"] = [
-    *ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "single_transformer_blocks.*.proj_out",
-]  # fmt: skip
-TARGETS["all"] = [*TARGETS["attention_mlp"], "norm.linear", "norm1.linear", "norm1_context.linear"]
+MLP = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "single_transformer_blocks.*.proj_out"]
+TARGETS = {
+    "attention": ATTENTION,
+    "attention_mlp": [*ATTENTION, *MLP],
+    "all": [*ATTENTION, *MLP, "norm.linear", "norm1.linear", "norm1_context.linear"],
+}
 
 
 class Flux(Family):
@@ -41,7 +44,6 @@ class Flux(Family):
         },
     }
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
-    kohya_prefixes: ClassVar = {"transformer": "lora_unet", "text_encoder": "lora_te1"}
     lora_labels: ClassVar = {
         "modelspec.architecture": "flux-1-dev/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
@@ -68,9 +70,12 @@ class Flux(Family):
 
     @torch.no_grad()
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
-        clip, t5 = parts["text_encoder"], parts["text_encoder_2"]
-        pooled = clip(token_ids(parts["tokenizer"], captions).to(clip.device)).pooler_output
-        return Text(t5_states(t5, token_ids(parts["tokenizer_2"], captions, self._length(parts))), pooled)
+        ids = token_ids(parts["tokenizer_2"], captions, self._length(parts))
+        return self.encode_live(parts, captions, Text(t5_states(parts["text_encoder_2"], ids)))
+
+    def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
+        clip = parts["text_encoder"]
+        return Text(cached.tokens_BLD, clip(token_ids(parts["tokenizer"], captions).to(clip.device)).pooler_output)
 
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
         return [seen(parts["tokenizer"], caption), seen(parts["tokenizer_2"], caption, self._length(parts))]
@@ -104,6 +109,15 @@ class Flux(Family):
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
 
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
+        """The network would round its times to its own dtype, in bfloat16 to multiples of 4 of 1000: they go in behind that."""
+        times = STEPS * t_B.float()
+        exact = denoiser.time_text_embed.register_forward_pre_hook(lambda module, args: (times, *args[1:]))
+        try:
+            return self._denoise(denoiser, noisy, t_B.float(), text)
+        finally:
+            exact.remove()
+
+    def _denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text) -> Tensor:
         height, width = noisy.shape[-2:]
         device = noisy.device
         rows, columns = torch.meshgrid(
@@ -113,8 +127,8 @@ class Flux(Family):
         tokens = text.tokens_BLD.to(noisy.dtype)
         packed = denoiser(
             hidden_states=self.pack(noisy),
-            timestep=t_B.float(),
-            guidance=torch.full_like(t_B, TRAINING_GUIDANCE, dtype=torch.float32) if denoiser.config.guidance_embeds else None,
+            timestep=t_B,
+            guidance=torch.full_like(t_B, self.training_guidance) if denoiser.config.guidance_embeds else None,
             pooled_projections=text.pooled_BD.to(noisy.dtype),
             encoder_hidden_states=tokens,
             txt_ids=tokens.new_zeros(tokens.shape[1], 3),
@@ -126,12 +140,11 @@ class Flux(Family):
     def published(self, denoiser_config: Mapping[str, Any]) -> str:
         return "flux_dev" if denoiser_config["guidance_embeds"] else "flux_schnell"
 
-    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-        from diffusers import FluxTransformer2DModel
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
+        return mmdit.flux(adaptable(self, denoiser_config))
 
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(dict(denoiser_config))
-        return {path: path for path, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    def lora_dialects(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Place]]:
+        return {"xlabs": mmdit.xlabs(self.lora_names(denoiser_config))}
 
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         if preset not in TARGETS:

@@ -16,6 +16,7 @@ from torch import Tensor
 from charforgex.errors import ConfigError, ModelError
 
 STEPS = 1000  # of every denoising diffusion base: its networks know the indices 0 to 999
+DEBIASED_SNR = 1000  # above it, debiased estimation's weights fall no further
 
 
 def _like(factor_B: Tensor, x: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class Ddpm(Process):
     beta_schedule: str = "scaled_linear"
     zero_snr: bool = False
 
-    weightings = ("none", "min_snr")
+    weightings = ("none", "min_snr", "debiased")
 
     def __post_init__(self):
         if self.prediction not in ("epsilon", "v_prediction"):
@@ -148,12 +149,17 @@ class Ddpm(Process):
         return power / (1 - power)
 
     def weight(self, t_B, weighting, gamma):
-        """min-SNR (Hang et al. 2023): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
+        """min-SNR (Hang et al. 2023), min(SNR, gamma) / SNR; debiased estimation (Yu et al. 2023), 1 / sqrt(min(SNR, 1000)).
+
+        Both are of the error of epsilon. That of v is sqrt(1 + 1 / SNR) times as large, so its weights have SNR / (SNR + 1) besides: the
+        same loss, whichever of the two a network predicts.
+        """
         ones = super().weight(t_B, weighting, gamma)
         if weighting == "none":
             return ones
         snr = self.snr(t_B)
-        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        signal = snr.clamp(max=gamma) if weighting == "min_snr" else (snr * (snr / DEBIASED_SNR).clamp(min=1)).sqrt()
+        return signal / (snr if self.prediction == "epsilon" else snr + 1)  # no 0 / 0 where v's schedule ends in pure noise
 
     def describe(self) -> str:
         zero = ", zero terminal SNR" if self.zero_snr else ""
@@ -180,6 +186,7 @@ class FlowMatching(Process):
     max_mu: float = 1.15
 
     prediction = "velocity"
+    weightings = ("none", "sigma_sqrt", "cosmap")
 
     @classmethod
     def from_config(cls, config) -> FlowMatching:
@@ -211,6 +218,18 @@ class FlowMatching(Process):
 
     def to_clean(self, noisy, prediction, t_B):
         return noisy - _like(t_B.float(), noisy) * prediction
+
+    def weight(self, t_B, weighting, gamma):
+        """Of the velocity's error: sigma_sqrt is t^-2, t at least 1 / 1000; cosmap is 2 / (pi (1 - 2 t + 2 t^2)) (Esser et al. 2024, 3.1).
+
+        Scripts that compare clean estimates have a factor t^2 in their loss; their sigma_sqrt is therefore "none" here.
+        """
+        ones = super().weight(t_B, weighting, gamma)
+        if weighting == "sigma_sqrt":
+            return t_B.float().clamp(min=1 / STEPS) ** -2
+        if weighting == "cosmap":
+            return 2 / (math.pi * (1 - 2 * t_B.float() + 2 * t_B.float() ** 2))
+        return ones
 
     def resolution_shift(self, tokens: int) -> float:
         slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)

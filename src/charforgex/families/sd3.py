@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from charforgex.errors import ConfigError
+from charforgex.families import mmdit
 from charforgex.families.base import Family
+from charforgex.families.parts import adaptable
 from charforgex.families.process import STEPS, FlowMatching
 from charforgex.families.text import clip_states, seen, t5_states, token_ids
+from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
 CLIP_TOKENS, T5_TOKENS = 77, 256
@@ -45,7 +48,6 @@ class Sd3(Family):
         },
     }
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
-    kohya_prefixes: ClassVar = {"transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-3/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",
@@ -70,26 +72,28 @@ class Sd3(Family):
     @torch.no_grad()
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
         """CLIP's penultimate states side by side, zero-padded to T5's width, then T5's. Encoders that are absent give zeros."""
-        clips = [self._clip(parts, suffix, captions) for suffix in ("", "_2")]
-        like = next((tokens for tokens, _ in filter(None, clips)), None)
-        if like is None:
-            like = t5_states(parts["text_encoder_3"], token_ids(parts["tokenizer_3"], captions, 1)) if "text_encoder_3" in parts else None
-        if like is None:
-            raise ConfigError(f"{parts.source} has none of its three text encoders; a caption would mean nothing to it.")
-        known = sum(pooled.shape[-1] for _, pooled in filter(None, clips))
-        absent = parts.config["pooled_width"] - known  # the one that is absent, or both
-        for i, clip in enumerate(clips):
-            if clip is None:
-                width = absent if any(clips) or i == 0 else 0
-                length = like.shape[1] if any(clips) else CLIP_TOKENS
-                clips[i] = like.new_zeros(len(captions), length, width), like.new_zeros(len(captions), width)
-        tokens = torch.cat([tokens for tokens, _ in clips], dim=-1)
-        tokens = F.pad(tokens, (0, parts.config["text_width"] - tokens.shape[-1]))
+        t5 = None
         if "text_encoder_3" in parts:
-            t5 = t5_states(parts["text_encoder_3"], token_ids(parts["tokenizer_3"], captions, self._t5_length(parts))).to(tokens)
-        else:
+            t5 = t5_states(parts["text_encoder_3"], token_ids(parts["tokenizer_3"], captions, self._t5_length(parts)))
+        return self._side_by_side(parts, captions, t5)
+
+    def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
+        return self._side_by_side(parts, captions, cached.tokens_BLD[:, CLIP_TOKENS:])
+
+    def _side_by_side(self, parts: Components, captions: Sequence[str], t5: Tensor | None) -> Text:
+        found = [self._clip(parts, suffix, captions) for suffix in ("", "_2")]
+        clips = [clip for clip in found if clip is not None]
+        if t5 is None and not clips:
+            raise ConfigError(f"{parts.source} has none of its three text encoders; a caption would mean nothing to it.")
+        like, length = (clips[0][0], clips[0][0].shape[1]) if clips else (t5, CLIP_TOKENS)
+        width = parts.config["pooled_width"] - sum(pooled.shape[-1] for _, pooled in clips)  # of CLIP encoders that are absent
+        nothing = like.new_zeros(len(captions), length, width), like.new_zeros(len(captions), width)
+        clips = [clip or nothing for clip in found] if clips else [nothing]
+        tokens = torch.cat([states for states, _ in clips], dim=-1)
+        tokens = F.pad(tokens, (0, parts.config["text_width"] - tokens.shape[-1]))
+        if t5 is None:
             t5 = tokens.new_zeros(len(captions), T5_TOKENS, parts.config["text_width"])
-        return Text(torch.cat([tokens, t5], dim=1), torch.cat([pooled for _, pooled in clips], dim=-1))
+        return Text(torch.cat([tokens, t5.to(tokens)], dim=1), torch.cat([pooled for _, pooled in clips], dim=-1))
 
     @staticmethod
     def _clip(parts: Components, suffix: str, captions: Sequence[str]) -> tuple[Tensor, Tensor] | None:
@@ -132,12 +136,8 @@ class Sd3(Family):
             return "sd35_medium"
         return "sd35_large" if denoiser_config["num_layers"] > 24 else "sd3_medium"
 
-    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-        from diffusers import SD3Transformer2DModel
-
-        with torch.device("meta"):
-            transformer = SD3Transformer2DModel.from_config(dict(denoiser_config))
-        return {path: path for path, module in transformer.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
+        return mmdit.sd3(adaptable(self, denoiser_config))
 
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         """Without the last block's query of the text, whose answer nothing reads: an adapter there would never learn."""

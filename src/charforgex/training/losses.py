@@ -50,6 +50,8 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
 class Objective:
     """What is minimised: t ~ `timesteps`, noise, the family's prediction against the process's target.
 
+    weighting: of the noise levels. Of DDPM "min_snr" (Hang et al. 2023) and "debiased" (Yu et al. 2023), of flow matching "sigma_sqrt" and
+    "cosmap" (Esser et al. 2024); `Process.weight` has the formulas.
     timesteps: "uniform"; "logit_normal", sigmoid(logit_mean + logit_std N(0, 1)), and "mode", with weight `mode_scale` on the middle
     (both Esser et al. 2024, section 3.1). shift: of flow matching's times towards noise, a number, or "resolution" for Flux's, which
     grows with the picture; 1 is none.
@@ -59,7 +61,7 @@ class Objective:
 
     kind: Literal["mse", "huber"] = "mse"
     huber_delta: Annotated[float, Range(above=0)] = 0.1
-    weighting: Literal["none", "min_snr"] = "none"
+    weighting: Literal["none", "min_snr", "debiased", "sigma_sqrt", "cosmap"] = "none"
     min_snr_gamma: Annotated[float, Range(above=0)] = 5.0
     noise_offset: Annotated[float, Range(at_least=0, at_most=1)] = 0.0
     timesteps: Literal["uniform", "logit_normal", "mode"] = "uniform"
@@ -99,11 +101,11 @@ class Objective:
         return process.snap(self.quantile(u, process, tokens))
 
     def quantile(self, u: Tensor, process: Process, tokens: int = 0) -> Tensor:
-        """The time below which a share `u` of all draws falls; for "mode", above which."""
+        """The time below which a share `u` of all draws falls."""
         if self.timesteps == "logit_normal":
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
         elif self.timesteps == "mode":
-            u = 1 - u - self.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+            u = u - self.mode_scale * (torch.sin(math.pi / 2 * u) ** 2 - u)
         return shifted(u, process.resolution_shift(tokens) if self.shift == "resolution" else self.shift)
 
     def noise(self, shape: torch.Size, *key: object) -> Tensor:
