@@ -28,6 +28,13 @@ __all__ = ["Range", "Search", "arguments", "bind", "check", "compose", "conf_fol
 SYNTAX = "settings are written name=value; a value with spaces, commas, brackets or equal signs is quoted twice: \"name='a, b'\""
 NEEDED = "{0} is needed and cannot be removed with ~{0}; choose a value: {0}=..."
 GROUP = "{0} is a group of settings and takes no value of its own; set one of {1}"
+# Command -> patterns of settings that come with a group and have no effect there, and the way out. To choose the group is fine.
+IDLE = {
+    "generate": {
+        r"family\.dtype": "it is of training; say dtype=...",
+        r"family\.recipe\.(?!(sampling_steps|guidance|true_guidance)$).+": "it is of training; leave it out",
+    }
+}
 
 
 def conf_folder() -> Path:
@@ -81,13 +88,15 @@ def prepare(folder: Path | None = None) -> Path:
 
 
 def check(cfg: DictConfig, loader: ConfigLoaderImpl, config_name: str, overrides: Sequence[str]) -> None:
-    """Raises ConfigError with all keys that no group declares, else all that are not filled, else what cannot be resolved."""
+    """Raises ConfigError with all keys that no group declares or that have no effect, else all that are not filled, else what cannot be
+    resolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    strange = list(strangers(cfg, declared(loader, config_name, overrides)))
-    if strange:
-        raise ConfigError("\n".join(strange))
+    schema = declared(loader, config_name, overrides)
+    wrong = [*strangers(cfg, schema), *_without_effect(cfg, schema, IDLE.get(config_name, {}))]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     missing = [key for key, value in dotted(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
     if missing:
         raise ConfigError("some settings have no value yet; add to the command: " + " ".join(f"{key}=..." for key in missing))
@@ -137,6 +146,17 @@ def _flat(values: dict, shape: dict) -> Iterator[tuple[str, list[str]]]:
     """Where `values` has a plain value and `shape` a group: its name, and its settings'."""
     groups = {key: [f"{key}.{name}" for name in inner] for key, inner in dotted(shape) if isinstance(inner, dict) and inner}
     yield from ((key, groups[key]) for key, value in dotted(values) if key in groups and not isinstance(value, dict))
+
+
+def _without_effect(cfg: DictConfig, schema: DictConfig, idle: dict[str, str]) -> Iterator[str]:
+    """A sentence for each setting that was changed and that the command has no use for."""
+    from omegaconf import OmegaConf
+
+    values, shape = (dict(dotted(OmegaConf.to_container(node, resolve=False))) for node in (cfg, schema))
+    for key, value in values.items():
+        way_out = next((words for pattern, words in idle.items() if re.fullmatch(pattern, key)), None)
+        if way_out and key in shape and value != shape[key]:
+            yield f"{key}={show(value)} has no effect here: {way_out}"
 
 
 def _strange(values: dict, shape: dict, prefix: str = "") -> Iterator[str]:

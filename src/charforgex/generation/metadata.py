@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from charforgex.generation.schedulers import SAMPLERS
+from charforgex.generation.schedulers import FLOW_SAMPLERS, SAMPLERS
 from charforgex.runs import replace_atomic
 
 
@@ -62,12 +62,14 @@ def parameters(recipe: Recipe) -> str:
     lines = [_literal(recipe.prompt) + tags]
     if recipe.negative:
         lines.append(f"Negative prompt: {_literal(recipe.negative)}")
-    labels = {sampler.cls: sampler.label for sampler in SAMPLERS.values()}
+    labels = {sampler.cls: sampler.label for sampler in (*SAMPLERS.values(), *FLOW_SAMPLERS.values())}
+    distilled = recipe.true_guidance is not None
     values = {
         "Steps": recipe.steps,
         "Sampler": labels.get(recipe.scheduler_class, recipe.scheduler_class),
         "Schedule type": recipe.schedule_type,
-        "CFG scale": f"{recipe.guidance:g}",
+        "CFG scale": f"{recipe.true_guidance if distilled else recipe.guidance:g}",
+        "Distilled CFG Scale": f"{recipe.guidance:g}" if distilled else None,  # Forge's name of Flux's guidance
         "CFG Rescale phi": f"{recipe.guidance_rescale:g}" if recipe.guidance_rescale else None,
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",

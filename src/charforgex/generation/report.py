@@ -62,6 +62,7 @@ def write_sheets(out: Path, pictures: list[dict[str, Any]], base: str, settings:
         settings["scheduler_class"].removesuffix("Scheduler").removesuffix("Discrete"),
         f"{settings['steps']} steps",
         f"guidance {settings['guidance']:g}",
+        *([f"true guidance {settings['true_guidance']:g}"] if (settings["true_guidance"] or 1) > 1 else []),
         f"{settings['width']} x {settings['height']}",
     ]
     paths = []

@@ -200,10 +200,13 @@ def _trigger(settings: Settings, stack: Stack, templates: Sequence[str]) -> str 
 def _check_guidance(settings: Settings, stack: Stack) -> None:
     from charforgex.generation.sampling import needs_negative
 
-    guided = needs_negative(stack.family, stack.bare, settings.guidance, settings.true_guidance)
-    name = "true_guidance" if stack.family.has_true_guidance else "guidance"
-    if settings.negative and not guided:
-        raise ConfigError(f"negative={settings.negative} has no effect with {name}={getattr(settings, name):g}; {name} must be above 1.")
+    guided = needs_negative(stack.family, stack.bare, settings.guidance, settings.true_guidance, settings.guidance_rescale)
+    scale = "true_guidance" if stack.family.has_true_guidance else "guidance"
+    for name in ("negative", "guidance_rescale"):
+        if getattr(settings, name) and not guided:
+            raise ConfigError(
+                f"{name}={getattr(settings, name)} has no effect with {scale}={getattr(settings, scale):g}; {scale} must be above 1."
+            )
 
 
 def _size(settings: Settings, stack: Stack) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def sample_latents(
     Raises ConfigError for settings that cannot work and ModelError when a picture is not finite.
     """
     assert len(text) == len(seeds) > 0, f"{len(text)} texts for {len(seeds)} seeds"
-    guided = needs_negative(family, parts, guidance, true_guidance)
+    guided = needs_negative(family, parts, guidance, true_guidance, guidance_rescale)
     assert negative_text is not None or not guided, "this guidance needs a negative text"
     check_size(size, family.pixel_multiple(parts))
     denoiser = parts.denoiser
@@ -105,14 +105,20 @@ def sample_latents(
     return latents
 
 
-def needs_negative(family: Family, parts: Components, guidance: float, true_guidance: float = 1.0) -> bool:
+def needs_negative(family: Family, parts: Components, guidance: float, true_guidance: float = 1.0, guidance_rescale: float = 0.0) -> bool:
     """Whether every step is also run on the negative text (classifier-free guidance). Raises ConfigError for guidance of no effect."""
+    if guidance_rescale and family.process(parts).prediction == "velocity":
+        raise ConfigError(
+            f"guidance_rescale={guidance_rescale:g} has no meaning for {family.name}; it is for bases with betas. Set it to 0."
+        )
     if not family.has_true_guidance:
         if true_guidance != 1:
-            raise ConfigError(f"true_guidance={true_guidance} has no meaning for {family.name}; its guidance is the true one.")
+            raise ConfigError(f"true_guidance={true_guidance:g} has no meaning for {family.name}; its guidance is the true one.")
         return guidance > 1  # diffusers' own rule
     if guidance > 1 and not family.is_distilled(parts):
-        raise ConfigError(f"guidance={guidance} has no effect: {parts.source} takes none. Set guidance=1, or true_guidance={guidance}.")
+        raise ConfigError(
+            f"guidance={guidance:g} has no effect: {parts.source} has no input for it. Set guidance=1, or true_guidance={guidance:g}."
+        )
     return true_guidance > 1
 
 
