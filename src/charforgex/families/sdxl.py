@@ -66,6 +66,12 @@ class Sdxl(Family):
 
     @torch.no_grad()
     def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
+        return self.encode_live(parts, captions)
+
+    def num_learning_layers(self, component: str, depth: int) -> int:
+        return depth - 1 if component == "text_encoder" else depth  # its last states are not read
+
+    def encode_live(self, parts: Components, captions: Sequence[str], cached: Text | None = None) -> Text:
         one, _ = clip_states(parts["text_encoder"], token_ids(parts["tokenizer"], captions))
         two, pooled = clip_states(parts["text_encoder_2"], token_ids(parts["tokenizer_2"], captions))
         tokens = torch.cat([one, two], dim=-1)

@@ -23,7 +23,6 @@ def seen(tokenizer, caption: str, limit: int | None = None) -> tuple[str, int]:
     return tokenizer.decode(kept, skip_special_tokens=True).strip(), len(whole) - len(kept)
 
 
-@torch.no_grad()
 def clip_states(encoder, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Penultimate hidden states (B, L, D), and the encoder's first output: the projection where it has one."""
     out = encoder(ids.to(encoder.device), output_hidden_states=True)
