@@ -1,7 +1,7 @@
 """What the embedded models can do, and what a LoRA on them becomes: writes docs/charworld.md.
 
-    python benchmarks/charworld.py                 the base on 200 held-out prompts, and five held-out characters (about half an hour)
-    python benchmarks/charworld.py --quick         24 prompts, no training, nothing written: a look
+    python benchmarks/charworld.py                 each family's base on 200 held-out prompts, and five held-out characters (two hours)
+    python benchmarks/charworld.py --quick         24 prompts, no training, nothing written: a look; --families flux is one alone
 
 Prompts describe characters whose hair no model has seen. Pictures are read by the embedded judge and scored by the embedded CLIP;
 real renders of the same characters and contexts are the ceiling, pictures of other prompts the floor.
@@ -21,11 +21,21 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-BARS = {"gain": 0.75, "identity_attributes": 0.75, "prompt_following": 0.9}
+BARS = {"gain": 0.75, "traits": 0.75, "prompt": 0.9}
+SHARE_OF_SDXL = 0.9  # of its gain, that the other families must reach
+FAMILIES = ("sdxl", "flux", "sd3")
 CONTACT = 8
 
 
-def base_table(count: int, steps: int, guidance: float, picture: Path | None) -> dict:
+def sampling(family_name: str) -> dict:
+    """Steps and guidance of the family's recipe, as `sample` takes them."""
+    from charforgex.config import compose
+
+    recipe = compose("train", [f"family={family_name}"]).family.recipe
+    return {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "true_guidance": recipe.true_guidance}
+
+
+def base_table(family_name: str, count: int, picture: Path | None) -> dict:
     """Attribute accuracy and CLIP score of real renders, of the base, and of the base's pictures against shuffled prompts."""
     import torch
     from PIL import Image
@@ -36,7 +46,7 @@ def base_table(count: int, steps: int, guidance: float, picture: Path | None) ->
     from charforgex.generation.sampling import sample
     from charforgex.generation.sheets import contact_sheet
 
-    family = registry.get("sdxl")
+    family, options = registry.get(family_name), sampling(family_name)
     parts, follower = family.load("charworld"), CharworldFollower()
     prompts, asked, renders = [], [], []
     for index in range(count):
@@ -47,12 +57,12 @@ def base_table(count: int, steps: int, guidance: float, picture: Path | None) ->
         asked.append(named)
         renders.append(Image.fromarray(drawing.render(identity, context)))
     started = time.process_time()
-    drawn = sample(family, parts, prompts, list(range(count)), size=(64, 64), steps=steps, guidance=guidance)
+    drawn = sample(family, parts, prompts, list(range(count)), size=(64, 64), **options)
     seconds = (time.process_time() - started) / count
     if picture is not None:
         rows = [renders[:CONTACT], drawn[:CONTACT], drawn[CONTACT : 2 * CONTACT], renders[CONTACT : 2 * CONTACT]]
         labels = ("real", "drawn by the base", "drawn by the base", "real")
-        contact_sheet(rows, labels, (), "Held-out prompts: hair that no model has seen").save(picture)
+        contact_sheet(rows, labels, (), f"{family_name}: held-out prompts, hair that no model has seen").save(picture)
 
     def measure(pictures, prompts, asked) -> dict[str, float]:
         readings = follower.judge.read(torch_pixels(pictures))
@@ -73,24 +83,25 @@ def base_table(count: int, steps: int, guidance: float, picture: Path | None) ->
     shuffled = prompts[shift:] + prompts[:shift], asked[shift:] + asked[:shift]
     return {
         "real": measure(renders, prompts, asked), "base": measure(drawn, prompts, asked), "shuffled": measure(drawn, *shuffled),
-        "cpu_seconds_per_picture": seconds, "prompts": count, "steps": steps, "guidance": guidance,
+        "cpu_seconds_per_picture": seconds, "prompts": count, **options,
     }  # fmt: skip
 
 
-def character(number: int, folder: Path) -> dict:
-    """`python train.py data.source=charworld:N` as a user runs it, and what its LoRA's pictures show of the character's traits."""
-    run_dir = folder / f"character-{number}"
+def character(family_name: str, number: int, folder: Path) -> dict:
+    """`python train.py family=F data.source=charworld:N` as a user runs it, and what its LoRA's pictures show of the character's traits."""
+    run_dir = folder / f"{family_name}-{number}"
     if not (run_dir / "result.json").exists():
         command = [
             sys.executable,
             str(ROOT / "train.py"),
+            f"family={family_name}",
             f"data.source=charworld:{number}",
             f"run_dir={run_dir}",
             f"cache_dir={folder / 'cache'}",
         ]
         subprocess.run(command, check=True, cwd=folder)
     result = json.loads((run_dir / "result.json").read_text())
-    return result | {"number": number, "who": describe(number), "traits": traits(number, result)}
+    return result | {"number": number, "who": describe(number), "traits": traits(family_name, number, result)}
 
 
 def describe(number: int) -> str:
@@ -101,7 +112,7 @@ def describe(number: int) -> str:
     return f"{identity.kind}, " + ", ".join(identity_phrases(identity).values())
 
 
-def traits(number: int, result: dict) -> dict[str, float]:
+def traits(family_name: str, number: int, result: dict) -> dict[str, float]:
     """Share of the character's named traits that the judge reads off the LoRA's pictures, and off real renders of the same contexts."""
     import numpy as np
     from PIL import Image
@@ -114,12 +125,12 @@ def traits(number: int, result: dict) -> dict[str, float]:
     from charforgex.generation.sampling import sample
     from charforgex.lora import formats, inject
 
-    family, judge, identity = registry.get("sdxl"), load_judge(), held_out_character(number)
+    family, judge, identity = registry.get(family_name), load_judge(), held_out_character(number)
     parts = family.load("charworld")
     inject.load_adapter(parts, formats.read(result["lora"], family, parts.denoiser.config), "lora", 1.0)
     contexts = [world.draw_context(random.Random(f"traits {number} {i}")) for i in range(24)]
     prompts = [world.caption(identity, context, name=trigger_of(number).split()[0])[0] for context in contexts]
-    drawn = sample(family, parts, prompts, list(range(len(prompts))), size=(64, 64), steps=20, guidance=result_guidance())
+    drawn = sample(family, parts, prompts, list(range(len(prompts))), size=(64, 64), **sampling(family_name))
     real = [Image.fromarray(np.asarray(drawing.render(identity, context))) for context in contexts]
 
     def share(pictures) -> float:
@@ -132,79 +143,105 @@ def traits(number: int, result: dict) -> dict[str, float]:
     return {"lora": share(drawn), "real": share(real)}
 
 
-def result_guidance() -> float:
-    from charforgex.config import compose
-
-    return float(compose("train").sampling.guidance)
-
-
 def provenance_table() -> str:
     assets = ROOT / "src/charforgex/charworld/assets"
     lines = ["| model | steps | pictures seen | time | reached |", "|---|---|---|---|---|"]
     for path in sorted(assets.glob("**/provenance.json")):
-        p = json.loads(path.read_text())
+        p = last = json.loads(path.read_text())
+        totals = dict.fromkeys(("steps", "pictures_seen", "seconds"), 0)
+        while last:
+            totals = {name: value + last[name] for name, value in totals.items()}
+            last = last.get("before")
         reached = ", ".join(f"{k} {v:.3f}" for k, v in p["measures"].items() if "/" not in k)
         name = path.parent.relative_to(assets).as_posix()
-        lines.append(f"| `{name}` | {p['steps']:,} | {p['pictures_seen']:,} | {p['seconds'] / 60:.0f} min | {reached or '-'} |")
+        steps, pictures, minutes = totals["steps"], totals["pictures_seen"], totals["seconds"] / 60
+        lines.append(f"| `{name}` | {steps:,} | {pictures:,} | {minutes:.0f} min | {reached or '-'} |")
     return "\n".join(lines)
 
 
-def page(base: dict, characters: list[dict]) -> str:
-    names = [name for name in base["real"] if name not in ("attributes", "clip_score")]
-    rows = [
-        f"| {name} | {base['real'][name]:.2f} | {base['base'][name]:.2f} | {base['shuffled'][name]:.2f} |"
-        for name in ["attributes", "clip_score", *names]
-    ]
-    weak = [name for name in names if base["base"][name] < 0.75 * base["real"][name]]
-    table = []
+def means(characters: list[dict]) -> dict[str, float]:
+    return {
+        "gain": mean(c["identity"]["gain"] for c in characters),
+        "traits": mean(c["traits"]["lora"] / c["traits"]["real"] for c in characters),
+        "prompt": mean(c["prompt_following"]["ratio"] for c in characters),
+    }
+
+
+def bases(found: dict[str, dict]) -> str:
+    """One table: what each base shows of what prompts name, beside real renders and beside other prompts' pictures."""
+    real, names = next(iter(found.values()))["base"]["real"], list(found)
+    lines = [f"| | real | {' | '.join(names)} | shuffled |", f"|---|---{'|---' * len(names)}|---|"]
+    for name in ["attributes", "clip_score", *(name for name in real if name not in ("attributes", "clip_score"))]:
+        shown = " | ".join(f"{found[family]['base']['base'][name]:.2f}" for family in names)
+        lines.append(f"| {name} | {real[name]:.2f} | {shown} | {found[names[0]]['base']['shuffled'][name]:.2f} |")
+    return "\n".join(lines)
+
+
+def weak(base: dict) -> list[str]:
+    return [name for name, value in base["real"].items() if base["base"][name] < 0.75 * value]
+
+
+def characters_table(characters: list[dict]) -> str:
+    lines = ["| N | who | others | base | LoRA | real | gain | traits | prompt | best step | minutes |", "|---" * 11 + "|"]
     for c in characters:
         i, f, t = c["identity"], c["prompt_following"], c["traits"]
         seen = f"{t['lora']:.2f} / {t['real']:.2f} | {f['lora']:.2f} / {f['base']:.2f}"
-        table.append(
+        lines.append(
             f"| {c['number']} | {c['who']} | {i['floor']:.2f} | {i['base']:.2f} | **{i['lora']:.2f}** | {i['ceiling']:.2f} "
             f"| {i['gain']:.2f} | {seen} | {c['best_step']} | {c['seconds'] / 60:.1f} |"
         )
-    gain, ratio = mean(c["identity"]["gain"] for c in characters), mean(c["prompt_following"]["ratio"] for c in characters)
-    kept = mean(c["traits"]["lora"] / c["traits"]["real"] for c in characters)
-    verdict = (
-        "reached"
-        if gain >= BARS["gain"] and ratio >= BARS["prompt_following"] and kept >= BARS["identity_attributes"]
-        else "not reached yet"
+    return "\n".join(lines)
+
+
+def verdicts(found: dict[str, dict]) -> str:
+    lines = ["| family | gain | bar | traits kept | bar | prompt-following | bar | |", "|---" * 8 + "|"]
+    for family, one in found.items():
+        reached = means(one["characters"])
+        bars = dict(BARS)
+        if family != "sdxl" and "sdxl" in found:
+            bars["gain"] = SHARE_OF_SDXL * means(found["sdxl"]["characters"])["gain"]
+        verdict = "reached" if all(reached[name] >= bar for name, bar in bars.items()) else "**not reached yet**"
+        lines.append(f"| {family} | " + " | ".join(f"{reached[name]:.2f} | {bar:.2f}" for name, bar in bars.items()) + f" | {verdict} |")
+    return "\n".join(lines)
+
+
+def page(found: dict[str, dict]) -> str:
+    pictures = "\n\n".join(f"![{family}: held-out prompts](images/charworld_{family}.png)" for family in found)
+    tables = {family: one["base"] for family, one in found.items()}
+    costs = ", ".join(
+        f"{family} {t['steps']} steps, guidance {t['guidance']:g}, {t['cpu_seconds_per_picture']:.2f} CPU-seconds"
+        for family, t in tables.items()
     )
+    weaknesses = "; ".join(f"{family}: {', '.join(weak(one['base'])) or 'nothing'}" for family, one in found.items())
+    runs = "\n\n".join(f"### {family}\n\n{characters_table(one['characters'])}" for family, one in found.items())
     return f"""# Charworld: the embedded default
 
-CharForgeX carries a small world of drawn characters, and tiny models of SDXL's own classes trained on it, so that everything can be shown
-and tested with real effects and without a download. No model has seen the demo's characters: their (hair style, hair colour) pairs are kept
-out of all pre-training, and so are they.
+CharForgeX carries a small world of drawn characters, and tiny models of SDXL's, Flux's and SD3's own classes trained on it, so that
+everything can be shown and tested with real effects and without a download. No model has seen the demo's characters: their (hair style,
+hair colour) pairs are kept out of all pre-training, and so are they.
 
-![held-out prompts](images/charworld_base.png)
+{pictures}
 
 *This page is written by `python benchmarks/charworld.py` ({platform.machine()}, {os.cpu_count()} cores).*
 
-## The base on {base["prompts"]} held-out prompts
+## The bases on {next(iter(found.values()))["base"]["prompts"]} held-out prompts
 
 Read by the embedded judge (share right of what the prompt names) and scored by the embedded CLIP (cosine). *Real*: renders of what the
-prompts describe, the ceiling. *Shuffled*: the base's pictures against other prompts, the floor. {base["steps"]} steps, guidance
-{base["guidance"]:g}, {base["cpu_seconds_per_picture"]:.2f} CPU-seconds a picture.
+prompts describe, the ceiling. *Shuffled*: pictures against other prompts, the floor. A picture takes: {costs}.
 
-| | real | base | shuffled |
-|---|---|---|---|
-{chr(10).join(rows)}
+{bases(found)}
 
-Where the base shows less than three quarters of what real renders do: {", ".join(weak) or "nowhere"}. More pre-training is what helps.
+Less than three quarters of what real renders show: {weaknesses}. More pre-training is what helps.
 
 ## LoRAs of five held-out characters, default settings
 
-`python train.py data.source=charworld:N`. Identity is the cosine to held-out references in the judge's embedding; gain is
+`python train.py family=F data.source=charworld:N`. Identity is the cosine to held-out references in the judge's embedding; gain is
 (LoRA - base) / (real - base), where base is the base model with the same trigger. *Traits*: share of the character's named traits that are
 read off the LoRA's pictures / off real ones. *Prompt*: share of the asked context that is shown, LoRA / base.
 
-| N | who | others | base | LoRA | real | gain | traits | prompt | best step | minutes |
-|---|---|---|---|---|---|---|---|---|---|---|
-{chr(10).join(table)}
+{verdicts(found)}
 
-Means: **gain {gain:.2f}** (bar {BARS["gain"]}), **traits kept {kept:.2f}** of real renders' (bar {BARS["identity_attributes"]}),
-**prompt-following {ratio:.2f}** of the base's (bar {BARS["prompt_following"]}). The bars are {verdict}.
+{runs}
 
 ## How the models were made, and how to go on
 
@@ -212,41 +249,57 @@ Each is trained by the project's own command through the training loop that LoRA
 weights lie beside its `provenance.json`.
 
 ```
-python train.py experiment=charworld_pretrain pretrain.stage=vae trainer.steps=5000 optimizer.lr=3e-3 pretrain.batch_size=16
-python train.py experiment=charworld_pretrain pretrain.stage=text trainer.steps=1000 optimizer.lr=3e-3 pretrain.batch_size=64
-python train.py experiment=charworld_pretrain pretrain.stage=judge trainer.steps=600 pretrain.batch_size=96 pretrain.pictures=48000
-python train.py experiment=charworld_pretrain pretrain.stage=base
-python train.py experiment=charworld_pretrain pretrain.stage=decoder pretrain.start=embedded
+{COMMANDS}
 ```
 
 {provenance_table()}
 
-To go on with the base from where it stands (the first thing for idle cores or a GPU):
-`python train.py experiment=charworld_pretrain pretrain.stage=base pretrain.start=embedded trainer.steps=20000`.
+To go on with a base from where it stands (the first thing for idle cores or a GPU):
+`python train.py experiment=charworld_pretrain pretrain.family=flux pretrain.stage=base pretrain.start=embedded trainer.steps=20000`.
 """
+
+
+PRETRAIN = "python train.py experiment=charworld_pretrain"
+COMMANDS = f"""{PRETRAIN} pretrain.stage=vae trainer.steps=5000 optimizer.lr=3e-3 pretrain.batch_size=16
+{PRETRAIN} pretrain.stage=text trainer.steps=1000 optimizer.lr=3e-3 pretrain.batch_size=64
+{PRETRAIN} pretrain.stage=judge trainer.steps=600 pretrain.batch_size=96 pretrain.pictures=48000
+{PRETRAIN} pretrain.stage=base
+{PRETRAIN} pretrain.stage=decoder pretrain.start=embedded
+{PRETRAIN} pretrain.family=flux pretrain.stage=vae trainer.steps=6000 optimizer.lr=3e-3 pretrain.batch_size=16
+{PRETRAIN} pretrain.family=flux pretrain.stage=text trainer.steps=1500 optimizer.lr=3e-3 pretrain.batch_size=64
+{PRETRAIN} pretrain.family=flux pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5
+{PRETRAIN} pretrain.family=flux pretrain.stage=guidance loss.timesteps=logit_normal loss.shift=1.5 pretrain.start=embedded
+{PRETRAIN} pretrain.family=sd3 pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--characters", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=None)
-    parser.add_argument("--folder", type=Path, default=Path("runs/charworld"), help="of the five runs; finished ones are taken as they are")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--folder", type=Path, default=Path("runs/charworld"), help="of all runs; finished ones are taken as they are")
     options = parser.parse_args()
-    guidance = options.guidance or result_guidance()
     images = ROOT / "docs/images"
     images.mkdir(parents=True, exist_ok=True)
-    base = base_table(24 if options.quick else 200, options.steps, guidance, None if options.quick else images / "charworld_base.png")
-    values = {kind: {name: base[kind][name] for name in ("attributes", "clip_score")} for kind in ("real", "base", "shuffled")}
-    characters: list[dict] = []
+    folder = options.folder.resolve()
+    found: dict[str, dict] = {}
+    for family in options.families:
+        picture = None if options.quick else images / f"charworld_{family}.png"
+        found[family] = {"base": base_table(family, 24 if options.quick else 200, picture), "characters": []}
+    ratios = {
+        f"{family}_attributes_vs_real": one["base"]["base"]["attributes"] / one["base"]["real"]["attributes"]
+        for family, one in found.items()
+    }
     if not options.quick:
-        folder = options.folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        characters = [character(number, folder) for number in range(options.characters)]
-        (ROOT / "docs/charworld.md").write_text(page(base, characters), encoding="utf-8")
-        values["characters"] = [{"number": c["number"], **c["identity"], "ratio": c["prompt_following"]["ratio"]} for c in characters]
-    ratios = {"attributes_vs_real": base["base"]["attributes"] / base["real"]["attributes"]}
+        for family, one in found.items():
+            one["characters"] = [character(family, number, folder) for number in range(options.characters)]
+            ratios |= {f"{family}_{name}": value for name, value in means(one["characters"]).items()}
+        (ROOT / "docs/charworld.md").write_text(page(found), encoding="utf-8")
+    values = {
+        family: {kind: {name: one["base"][kind][name] for name in ("attributes", "clip_score")} for kind in ("real", "base", "shuffled")}
+        for family, one in found.items()
+    }
     print(json.dumps({"benchmark": "charworld", "ratios": ratios, "values": values, "machine": platform.machine()}))
 
 

@@ -10,6 +10,7 @@ import charforgex
 from charforgex.charworld.assets import ROOT, load_judge
 from charforgex.errors import ConfigError
 from charforgex.families import registry
+from charforgex.families.parts import component_class
 
 
 def train(tmp_path, stage, steps=2, **settings):
@@ -70,7 +71,36 @@ def test_vae(folder):
     assert 5 < result["measures"]["psnr"] < 30
 
 
-@pytest.mark.parametrize(("stage", "start", "words"), [("decoder", None, "pretrain.start"), ("text", "embedded", "start=null")])
+def test_the_transformers_text_encoders_and_vae(folder):
+    result = train(folder / "flux", "text", family="flux")
+    assert set(result["measures"]) == {"t5_attributes", "penultimate_attributes", "pooled_attributes"}
+    weights = Path(result["weights"])
+    for name in ("flux/text_encoder", "flux/text_encoder_2", "sd3/text_encoder", "sd3/text_encoder_2", "sd3/text_encoder_3"):
+        assert (weights / name / "model.safetensors").is_file(), name
+    result = train(folder / "flux", "vae", family="flux")
+    config = json.loads((Path(result["weights"]) / "sd3/vae/config.json").read_text())
+    assert config["latent_channels"] == 16 and config["shift_factor"] != 0 and not config["use_quant_conv"]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_transformer_from_nothing(folder, family):
+    result = train(folder / family, "base", family=family, batch_size=2)
+    transformer = component_class(registry.get(family), "transformer")
+    trained = transformer.from_pretrained(Path(result["weights"]) / family / "transformer", use_safetensors=True)
+    assert all(p.isfinite().all() for p in trained.parameters()) and trained.proj_out.weight.abs().max() > 0, "it starts at zero"
+    assert provenance(result, f"{family}/transformer")["started_from"] is None
+
+
+def test_guidance_is_taken_in_by_the_base_it_goes_on_from(folder):
+    result = train(folder / "guided", "guidance", family="flux", start="embedded", batch_size=2)
+    told = provenance(result, "flux/transformer")
+    assert told["steps"] == 2 and told["before"]["steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "start", "words"),
+    [("guidance", None, "pretrain.family=flux"), ("decoder", None, "pretrain.start"), ("text", "embedded", "start=null")],
+)
 def test_a_start_that_makes_no_sense_is_refused(folder, stage, start, words):
     with pytest.raises(ConfigError, match=words):
         charforgex.train(

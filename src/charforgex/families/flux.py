@@ -108,16 +108,21 @@ class Flux(Family):
         patches = packed.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
 
-    def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
-        """The network would round its times to its own dtype, in bfloat16 to multiples of 4 of 1000: they go in behind that."""
+    def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop, guidance_B: Tensor | None = None) -> Tensor:
+        """`guidance_B` (float32) is `training_guidance` where it is not given. Networks without a guidance vector take none.
+
+        The network would round its times to its own dtype, in bfloat16 to multiples of 4 of 1000: they go in behind that.
+        """
+        if guidance_B is None:
+            guidance_B = torch.full_like(t_B, self.training_guidance, dtype=torch.float32)
         times = STEPS * t_B.float()
         exact = denoiser.time_text_embed.register_forward_pre_hook(lambda module, args: (times, *args[1:]))
         try:
-            return self._denoise(denoiser, noisy, t_B.float(), text)
+            return self._denoise(denoiser, noisy, t_B.float(), text, guidance_B)
         finally:
             exact.remove()
 
-    def _denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text) -> Tensor:
+    def _denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, guidance_B: Tensor) -> Tensor:
         height, width = noisy.shape[-2:]
         device = noisy.device
         rows, columns = torch.meshgrid(
@@ -128,7 +133,7 @@ class Flux(Family):
         packed = denoiser(
             hidden_states=self.pack(noisy),
             timestep=t_B,
-            guidance=torch.full_like(t_B, self.training_guidance) if denoiser.config.guidance_embeds else None,
+            guidance=guidance_B if denoiser.config.guidance_embeds else None,
             pooled_projections=text.pooled_BD.to(noisy.dtype),
             encoder_hidden_states=tokens,
             txt_ids=tokens.new_zeros(tokens.shape[1], 3),

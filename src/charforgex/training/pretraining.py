@@ -1,7 +1,8 @@
 """`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
-that the base stays valid). Flux and SD3 share their VAE, T5 and small CLIP. Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
+that the base stays valid), guidance (Flux's base learns to take guidance as an input). Flux and SD3 share their VAE, T5 and small CLIP.
+Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from charforgex.families import registry
 from charforgex.families.base import ALL, Family
 from charforgex.families.loading import quiet, weights_hash
 from charforgex.training import report, stages
+from charforgex.training.character import choose_device
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
-from charforgex.training.optimizers import build_optimizer, schedule
+from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
 from charforgex.training.run import Clock, Settings
 from charforgex.training.settings import Positive
 from charforgex.types import Components
 
-STAGES = ("vae", "text", "judge", "base", "decoder")
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
 FLUX_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -50,7 +51,7 @@ def folders(stage: str, family: str) -> list[str]:
     """What a stage trains. Flux and SD3 share all but the transformer."""
     if stage == "judge":
         return ["judge"]
-    if stage == "base":
+    if stage in ("base", "guidance"):
         return [f"{family}/{registry.get(family).denoiser_name}"]
     if stage in ("vae", "decoder"):
         return ["sdxl/vae"] if family == "sdxl" else ["flux/vae", "sd3/vae"]
@@ -61,7 +62,7 @@ def folders(stage: str, family: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    stage: Literal["vae", "text", "judge", "base", "decoder"]
+    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance"]
     family: Literal["sdxl", "flux", "sd3"] = "sdxl"
     out: Path | None = None
     start: str | None = None
@@ -93,6 +94,7 @@ def run_pretraining(cfg: DictConfig, settings: Settings, run_dir: Path, going_on
 
 def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     options = bind(PretrainSettings, cfg.pretrain, "pretrain")
+    check_optimizer(settings.optimizer.name, choose_device(settings.trainer.accelerator))
     console, clock = Console(), Clock(run_dir)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
@@ -149,6 +151,9 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
         "measures": measures,
     } | {name: full[name] for name in ("platform", "cpus", "versions")}
     for folder in folders(options.stage, options.family):
+        earlier = start / folder / "provenance.json" if start else None
+        if earlier is not None and earlier.is_file():
+            provenance["before"] = json.loads(earlier.read_text(encoding="utf-8"))
         runs.write_json(out / folder / "provenance.json", provenance)
         shutil.copyfile(ROOT / "LICENSE", out / folder / "LICENSE")
     result = {
@@ -175,7 +180,7 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
         return StepLoader(DataLoader(draws, batch_size=None, collate_fn=lambda batch: batch), t.accumulate)
 
     common = {
-        "make_optimizer": lambda parameters: build_optimizer(o.name, parameters, o.lr, o.weight_decay),
+        "make_optimizer": lambda trainable: build_optimizer(o, trainable),
         "learning_rate": schedule(o.schedule, t.steps, o.warmup), "seed": cfg.seed, "grad_clip": o.grad_clip, "ema_decay": t.ema,
         "make_loader": make_loader,
     }  # fmt: skip
@@ -196,13 +201,18 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
                 from charforgex.charworld.assets import load_judge
 
                 module.network.load_state_dict(load_judge(start).state_dict())
-        case "base":
+        case "base" | "guidance":
+            if options.stage == "guidance" and (start is None or options.family != "flux"):
+                raise ConfigError(
+                    "pretrain.stage=guidance goes on from a base of Flux; set pretrain.family=flux and pretrain.start=embedded or a folder."
+                )
             family = registry.get(options.family)
             parts = base_parts(family, start or ROOT, fresh=start is None)
             vae = weights_hash(family, str((start or ROOT) / family.name), "vae")
             path = Path(cfg.cache_dir) / f"latents_{bank.name}_{vae[:16]}.npy"
             latents = stages.encode_bank(family, parts, bank, path)
-            module = stages.BaseModule(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
+            kind = stages.BaseModule if options.stage == "base" else stages.GuidanceModule
+            module = kind(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
     return module
 
 
@@ -232,7 +242,7 @@ def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path)
                 module.network.register_to_config(scaling_factor=round(1 / std, 5), **shift)
             for folder in folders(options.stage, options.family):
                 _save(module.network, out / folder)
-        case "base":
+        case "base" | "guidance":
             _save(module.denoiser, out / folders("base", options.family)[0])
             write_index(out / options.family)
         case "judge":

@@ -6,6 +6,7 @@ trained on. Pixels are uint8 (B, H, W, 3) in a bank and (B, 3, H, W) in [-1, 1] 
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from charforgex.data.rendered import RenderedBank
 from charforgex.draws import torch_generator
 from charforgex.families.base import Family
 from charforgex.runs import replace_atomic
+from charforgex.training.losses import diffusion_loss
 from charforgex.training.module import DenoiserModule, StepModule
 from charforgex.types import Batch, Components, Crop
 
@@ -351,6 +353,33 @@ class BaseModule(DenoiserModule):
         posterior = torch.from_numpy(np.stack([self.latents[i] for i in indices])).float()
         side = bank.pixels.shape[1]
         return Batch(posterior[:, 0], posterior[:, 1], self.family.encode_text(self.parts, captions), Crop.whole(len(indices), side, side))
+
+
+class GuidanceModule(BaseModule):
+    """Distils classifier-free guidance into the guidance vector, as Flux.1-dev was (Meng et al. 2023).
+
+    The network, told a guidance g, learns what its own weights at the start give by unsaid + g (said - unsaid); at g = 1 it stays.
+    """
+
+    most = 6.0
+
+    def __init__(self, family: Family, parts: Components, latents: np.ndarray, **settings):
+        super().__init__(family, parts, latents, **settings)
+        self.teacher = copy.deepcopy(parts.denoiser).requires_grad_(False)
+        self.unsaid = family.encode_text(parts, [""])
+
+    def losses(self, micro: Batch, key: tuple) -> Tensor:
+        fresh = torch.randn(micro.mean_BChw.shape, generator=torch_generator(*key, "posterior"))
+        clean = micro.mean_BChw + micro.std_BChw * fresh
+        t_B = self.objective.times(len(micro), self.process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
+        noisy = self.process.add_noise(clean, self.objective.noise(clean.shape, *key), t_B)
+        guidance_B = 1 + (self.most - 1) * torch.rand(len(micro), generator=torch_generator(*key, "guidance"))
+        with torch.no_grad():
+            said = self.family.denoise(self.teacher, noisy, t_B, micro.text, micro.crop)
+            unsaid = self.family.denoise(self.teacher, noisy, t_B, self.unsaid[[0] * len(micro)], micro.crop)
+        guided = unsaid + guidance_B[:, None, None, None] * (said - unsaid)
+        prediction = self.family.denoise(self.denoiser, noisy, t_B, micro.text, micro.crop, guidance_B=guidance_B)
+        return diffusion_loss(prediction, guided, torch.ones(len(micro)))
 
 
 def encode_bank(family: Family, parts: Components, bank: RenderedBank, path: Path, batch_size: int = 250) -> np.ndarray:
