@@ -7,6 +7,7 @@ import math
 import random
 import re
 from collections import Counter
+from functools import cache
 
 from charforgex.charworld import world
 
@@ -15,14 +16,15 @@ LENGTH = 77
 SHORT = 48  # tokens of Flux's and SD3's encoders: no caption is longer, and their transformers attend to every one
 
 
-def captions(seed: str, count: int = 20000) -> list[str]:
+@cache
+def captions(count: int = 20000) -> tuple[str, ...]:
     """What tokenizers are trained on."""
-    rng = random.Random(seed)
+    rng = random.Random("tokenizer")
     found = []
     for _ in range(count):
         identity, context = world.draw_identity(rng, rng.random() < 0.5), world.draw_context(rng)
         found.append(world.caption(identity, context, rng, keep=0.9)[0])
-    return found
+    return tuple(found)
 
 
 def tokenizer():
@@ -35,7 +37,7 @@ def tokenizer():
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     learner.decoder = decoders.ByteLevel()
     learner.train_from_iterator(
-        captions("tokenizer"), trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False)
+        captions(), trainers.BpeTrainer(vocab_size=900, initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False)
     )
     merges = [line.split(" ") if isinstance(line, str) else line for line in json.loads(learner.to_str())["model"]["merges"]]
     letters = sorted(alphabet)
@@ -110,7 +112,7 @@ def t5_tokenizer():
     """A `T5Tokenizer` (Unigram) whose pieces are the words of charworld captions by frequency; any other text is spelt in letters."""
     from transformers import T5Tokenizer
 
-    counts = Counter(piece for caption in captions("tokenizer") for piece in re.findall(r" ?\w+| ?[^\w\s]", " " + caption))
+    counts = Counter(piece for caption in captions() for piece in re.findall(r" ?\w+| ?[^\w\s]", " " + caption))
     words = {piece.replace(" ", "▁"): count for piece, count in counts.items() if count >= 20}  # rarer ones are invented names
     letters = ["▁", *(chr(code) for code in range(33, 127))]
     total = sum(words.values())
