@@ -157,6 +157,6 @@ def sd3(width: int = 128, layers: int = 6, text_width: int = 192, pooled_width: 
 def _zero_gates(transformer):
     """Every block starts as the identity and the prediction as zero (adaLN-Zero, Peebles & Xie 2023); diffusers draws these too."""
     for name, parameter in transformer.named_parameters():
-        if "norm" in name and ".linear." in name or name.startswith("proj_out"):
+        if ("norm" in name and ".linear." in name) or name.startswith("proj_out"):
             parameter.data.zero_()
     return transformer
