@@ -77,13 +77,17 @@ def read_adapter(denoiser: nn.Module, component: str, name: str = TRAINED) -> Lo
     adapted = _adapted(denoiser, name)
     if not adapted:
         raise LoraError(f"{component} has no adapter named {name}; it has {some(_names(denoiser)) or 'none'}.")
-    is_text = any(path.startswith(("encoder.", TEXT_PREFIX)) for path in adapted) and component.startswith("text_encoder")
     layers = {}
     for path, layer in adapted.items():
         down, up = (factor[_key(name)].weight.detach().to("cpu", torch.float32, copy=True) for factor in (layer.lora_A, layer.lora_B))
-        path = TEXT_PREFIX + path.removeprefix(TEXT_PREFIX) if is_text else path
-        layers[f"{component}.{path}"] = LoraLayer(down, up, layer.lora_alpha[_key(name)])
+        layers[f"{component}.{_spelled(component, path)}"] = LoraLayer(down, up, layer.lora_alpha[_key(name)])
     return Lora(layers)
+
+
+def _spelled(component: str, path: str) -> str:
+    """A module's path as `Lora` has it: CLIP's always with the prefix that transformers 5 has dropped from one of its classes."""
+    is_clip = component.startswith("text_encoder") and path.startswith(("encoder.layers.", TEXT_PREFIX))
+    return TEXT_PREFIX + path.removeprefix(TEXT_PREFIX) if is_clip else path
 
 
 def load_adapter(parts: Components, lora: Lora, name: str, scale: float = 1.0, dtype: torch.dtype | None = None) -> int:
@@ -152,26 +156,27 @@ def without_adapter(*networks: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def same_output(denoiser: nn.Module, component: str, expected: Lora, reloaded: Lora) -> list[str]:
+def same_output(network: nn.Module, component: str, expected: Lora, reloaded: Lora) -> list[str]:
     """Paths at which the two adapters do not give equal outputs, bit for bit, for a fixed input to each adapted module.
 
-    `expected` runs in the denoiser's own trained peft layers with its alpha and its dtypes, `reloaded` goes through
-    `load_adapter` into a second tree of peft layers around the same base modules. The denoiser is not touched.
+    `expected` runs in the network's own trained peft layers with its alpha and its dtypes, `reloaded` goes through
+    `load_adapter` into a second tree of peft layers around the same base modules. The network is not touched.
     """
-    live = _adapted(denoiser, TRAINED)
-    wanted = expected.of(component)
-    if set(live) != set(wanted):
-        raise LoraError(f"The adapter to save and the one in the denoiser differ in their layers: {some(sorted(set(live) ^ set(wanted)))}.")
+    live = _adapted(network, TRAINED)
+    wanted, named = expected.of(component), {_spelled(component, path): path for path in live}
+    if set(named) != set(wanted):
+        different = some(sorted(set(named) ^ set(wanted)))
+        raise LoraError(f"The adapter to save and the one in {component} differ in their layers: {different}.")
     shell = nn.Module()
     with _keeping_gradients(live.values()):
         for path, layer in live.items():
             _place(shell, path, layer.get_base_layer())
-        parts = Components("the denoiser", component, {component: shell})
+        parts = Components(f"the trained {component}", component, {component: shell})
         load_adapter(
             parts, Lora({f"{component}.{path}": layer for path, layer in reloaded.of(component).items()}), TRAINED, dtype=torch.float32
         )
         copies = _adapted(shell, TRAINED)
-        return [path for path, layer in live.items() if not _agree(layer, wanted[path], copies[path], path)]
+        return [name for name, path in named.items() if not _agree(live[path], wanted[name], copies[path], path)]
 
 
 def _agree(live: nn.Module, values: LoraLayer, copy: nn.Module, path: str) -> bool:
