@@ -242,22 +242,34 @@ def test_masked_loss_does_not_depend_on_the_masks_area():
 def test_the_objective_is_the_worked_example_on_a_whole_family(row, parts):
     """The training loss of a real network: recomputed in float64 from the draws, the network's own prediction given."""
     batch, process = batch_of(row, parts), row.family.process(parts)
-    seen = []
-    handle = parts.denoiser.register_forward_hook(lambda module, args, output: seen.append((args, output)))
-    objective = Objective(weighting="min_snr")
+    is_flow = process.prediction == "velocity"
+    objective = Objective() if is_flow else Objective(weighting="min_snr")
+    t, seen = process.snap(torch.tensor([0.2, 0.9])), []
+
+    class Watched(type(row.family)):
+        def denoise(self, denoiser, noisy, t_B, text, crop):
+            seen.extend((noisy, t_B, super().denoise(denoiser, noisy, t_B, text, crop)))
+            return seen[-1]
+
     with torch.no_grad():
-        losses = objective.losses(row.family, parts.denoiser, process, batch, "key", t_B=process.snap(torch.tensor([0.2, 0.9])))
-    handle.remove()
-    (noisy, index), (prediction,) = seen[0][0][:2], seen[0][1]
-    assert index.tolist() == [200, 899]
+        losses = objective.losses(Watched(), parts.denoiser, process, batch, "key", t_B=t)
+    noisy, told, prediction = (tensor.double().numpy() for tensor in seen)
+    np.testing.assert_array_equal(told, t)
     # what the network saw fixes the clean latent, once the noise is known
     noise = objective.noise(batch.mean_BChw.shape, "key").double().numpy()
-    power = np.cumprod(1 - np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2)[[200, 899]][:, None, None, None]
-    clean = (noisy.double().numpy() - np.sqrt(1 - power) * noise) / np.sqrt(power)
+    if is_flow:
+        sigma = t.double().numpy()[:, None, None, None]
+        clean = (noisy - sigma * noise) / (1 - sigma)
+        expected = ((prediction - (noise - clean)) ** 2).mean((1, 2, 3))
+    else:
+        index = np.array([200, 899])
+        np.testing.assert_allclose(told * 999, index, rtol=1e-6)
+        power = np.cumprod(1 - np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2)[index][:, None, None, None]
+        clean = (noisy - np.sqrt(1 - power) * noise) / np.sqrt(power)
+        expected = exact_losses(prediction, clean, noise, index, np.ones((1, 1, 1, 1)), process.prediction, 5.0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
     apart = np.abs(clean - batch.mean_BChw.double().numpy()) / batch.std_BChw.double().numpy()
     assert 0.5 < apart.mean() < 1.1, "a fresh sample of the posterior, not its mean"
-    expected = exact_losses(prediction.double().numpy(), clean, noise, [200, 899], np.ones((1, 1, 1, 1)), process.prediction, 5.0)
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
 def test_text_rows_can_be_stacked_and_picked(row, parts):

@@ -1,13 +1,16 @@
 """The value of the loss, against numbers worked out by hand."""
 
 import math
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 
 from charforgex.binding import bind
 from charforgex.errors import ConfigError
-from charforgex.families.process import Ddpm
+from charforgex.families.flux import Flux
+from charforgex.families.process import Ddpm, FlowMatching
 from charforgex.families.sdxl import Sdxl
 from charforgex.training.losses import Objective, diffusion_loss
 from charforgex.types import Batch, Crop, Text
@@ -43,14 +46,13 @@ def test_a_mask_weighs_places():
     assert diffusion_loss(prediction, torch.zeros_like(prediction), torch.ones(1), mask).item() == pytest.approx((3 * 1 + 1 * 9) / 4)
 
 
-class Perfect(Sdxl):
-    """Predicts `target + error` whatever the network is."""
-
-    def __init__(self, prediction):
-        self.prediction = prediction
+def perfect(family: type) -> type:
+    """A family that predicts what it is told, from (noisy, t), whatever the network is."""
 
     def denoise(self, denoiser, noisy, t_B, text, crop):
         return self.prediction(noisy, t_B)
+
+    return type("Perfect", (family,), {"__init__": lambda self, prediction: setattr(self, "prediction", prediction), "denoise": denoise})
 
 
 def batch(count=2):
@@ -64,7 +66,7 @@ def test_the_loss_of_a_constant_error_is_its_weighted_square(kind):
     process, t_B = Ddpm(kind), torch.full((2,), 199 / 999)
     objective, key = Objective(weighting="min_snr"), ("seed", 3)
     clean, noise = batch().mean_BChw, objective.noise(batch().mean_BChw.shape, *key)
-    family = Perfect(lambda noisy, t: process.target(clean, noise, t) + 0.5)
+    family = perfect(Sdxl)(lambda noisy, t: process.target(clean, noise, t) + 0.5)
     losses = objective.losses(family, torch.nn.Linear(1, 1), process, batch(), *key, t_B=t_B)
     weight = 1.0 if kind == "epsilon" else 3.0856 / 4.0856
     assert losses.tolist() == pytest.approx([0.25 * weight] * 2, rel=1e-4)
@@ -93,10 +95,78 @@ def test_uniform_times_are_stratified():
     assert ((times * 10).floor().clamp(max=9) == torch.arange(10)).float().mean() > 0.98  # snapped to the grid of 1000
 
 
-def test_logit_normal_times():
-    times = torch.cat([Objective(timesteps="logit_normal").times(1000, Ddpm(), step) for step in range(4)])
-    assert times.median().item() == pytest.approx(0.5, abs=0.01)
-    assert times.quantile(0.8413).item() == pytest.approx(1 / (1 + math.exp(-1)), abs=0.01)  # one standard deviation up
+def test_velocity_is_the_target_at_every_time():
+    """A network that gives exactly n - x has loss 0 whatever t; one that is off by 1/2 has 1/4, which nothing weighs."""
+    process, key, count = FlowMatching(), ("seed", 3), 50
+    objective, clean = Objective(), batch(count).mean_BChw
+    noise = objective.noise(clean.shape, *key)
+    for error, loss in ((0.0, 0.0), (0.5, 0.25)):
+        family = perfect(Flux)(lambda noisy, t, error=error: noise - clean + error)
+        losses = objective.losses(family, torch.nn.Linear(1, 1), process, batch(count), *key, t_B=torch.linspace(0, 1, count))
+        assert losses.tolist() == pytest.approx([loss] * count)
+
+
+def closed_form(timesteps: str, u: float) -> float:
+    """Quantiles of the ways to draw times, unshifted (Esser et al. 2024, section 3.1)."""
+    if timesteps == "logit_normal":
+        return 1 / (1 + math.exp(-(0.3 + 0.8 * NormalDist().inv_cdf(u))))
+    if timesteps == "mode":
+        w = 1 - u  # the paper's runs from noise to clean
+        return 1 - w - 1.29 * (math.cos(math.pi / 2 * w) ** 2 - 1 + w)
+    return u
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, "resolution"])
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal", "mode"])
+def test_quantiles_of_drawn_times(timesteps, shift):
+    """Of 4000 draws, against the closed forms; 1024 x 1024 pixels shift by e^1.15 = 3.1582."""
+    own = {"logit_mean": 0.3, "logit_std": 0.8} if timesteps == "logit_normal" else {}
+    objective = Objective(timesteps=timesteps, shift=shift, **own)
+    objective.check(FlowMatching())
+    times = torch.cat([objective.times(4, FlowMatching(), "seed", step, tokens=4096) for step in range(1000)])
+    assert times.dtype == torch.float32
+    for u in (0.05, 0.25, 0.5, 0.75, 0.95):
+        t, a = closed_form(timesteps, u), 3.1582 if shift == "resolution" else shift
+        assert objective.quantile(torch.tensor([u]), FlowMatching(), 4096).item() == pytest.approx(a * t / (1 + (a - 1) * t), abs=2e-5)
+        assert times.quantile(u).item() == pytest.approx(a * t / (1 + (a - 1) * t), abs=0.015)
+
+
+def test_the_resolution_shift_is_of_the_batchs_own_pictures():
+    """512 px shift by 1.8776, 1024 by 3.1582: from the latents' sides, one token of every 2 x 2."""
+    seen, objective = [], Objective(shift="resolution")
+    for side in (64, 128):
+        mean = torch.zeros(2, 1, side, side)
+        drawn = Batch(mean, mean, Text(torch.zeros(2, 1, 1)), Crop.whole(2, 8 * side, 8 * side))
+        family = perfect(Flux)(lambda noisy, t: seen.append(t) or noisy)
+        objective.losses(family, torch.nn.Linear(1, 1), FlowMatching(), drawn, "key")
+    unshifted = Objective().times(2, FlowMatching(), "key")
+    for times, a in zip(seen, (1.8776, 3.1582), strict=True):
+        torch.testing.assert_close(times, a * unshifted / (1 + (a - 1) * unshifted), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"timesteps": "logit_normal", "shift": 3.0}, {"timesteps": "mode"}])
+def test_times_are_stratified_and_float32(options):
+    """One time in each equal share of the distribution, in any order."""
+    objective, process = Objective(**options), FlowMatching()
+    edges = objective.quantile(torch.arange(11) / 10, process)
+    orders = set()
+    for step in range(20):
+        times = objective.times(10, process, "seed", step)
+        assert times.dtype == torch.float32
+        assert ((times.sort().values >= edges[:-1] - 1e-6) & (times.sort().values <= edges[1:] + 1e-6)).all()
+        orders.add(tuple(times.argsort().tolist()))
+    assert len(orders) == 20
+
+
+@pytest.mark.parametrize("timesteps", ["logit_normal", "mode"])
+def test_densities_are_diffusers(timesteps):
+    """Theirs count from noise to clean, which for these two means the same."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    generator = torch.Generator().manual_seed(0)
+    theirs = compute_density_for_timestep_sampling(timesteps, 20000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator)
+    levels = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    np.testing.assert_allclose(Objective(timesteps=timesteps).quantile(levels, FlowMatching()), theirs.quantile(levels), atol=0.012)
 
 
 def test_noise_offset_adds_the_same_to_a_whole_channel():
@@ -106,10 +176,54 @@ def test_noise_offset_adds_the_same_to_a_whole_channel():
     assert difference.abs().min() > 0
 
 
-@pytest.mark.parametrize("options", [{"huber_delta": 0.2}, {"min_snr_gamma": 3.0}, {"weighting": "snr"}])
-def test_an_option_that_the_objective_does_not_use_is_refused(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        Objective(**options).check(Ddpm())
+UNUSED_BY_BOTH = [
+    ({"huber_delta": 0.2}, "set loss.kind=huber"),
+    ({"min_snr_gamma": 3.0}, "set loss.weighting=min_snr"),
+    ({"logit_mean": 0.5}, "set loss.timesteps=logit_normal"),
+    ({"logit_std": 0.5, "timesteps": "mode"}, "set loss.timesteps=logit_normal"),
+    ({"mode_scale": 1.0, "timesteps": "logit_normal"}, "set loss.timesteps=mode"),
+    ({"weighting": "snr"}, "choose one of none"),
+]
+UNUSED_BY_DDPM = [
+    ({"shift": 3.0}, "has no meaning for DDPM epsilon.*set it to 1"),
+    ({"shift": "resolution"}, "has no meaning for DDPM epsilon.*set it to 1"),
+    ({"weighting": "sigma_sqrt"}, "no meaning for DDPM.*min_snr, debiased"),
+    ({"weighting": "cosmap"}, "no meaning for DDPM.*min_snr, debiased"),
+    ({"weighting": "debiased", "min_snr_gamma": 3.0}, "set loss.weighting=min_snr"),
+]
+UNUSED_BY_FLOW = [
+    ({"noise_offset": 0.05}, "has no meaning for rectified flow.*set it to 0"),
+    ({"weighting": "min_snr"}, "no meaning for rectified flow.*sigma_sqrt, cosmap"),
+    ({"weighting": "debiased"}, "no meaning for rectified flow.*sigma_sqrt, cosmap"),
+    ({"weighting": "cosmap", "min_snr_gamma": 3.0}, "set loss.weighting=min_snr"),
+]
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "words"),
+    [
+        *((process, *case) for process in (Ddpm(), FlowMatching()) for case in UNUSED_BY_BOTH),
+        *((Ddpm(), *case) for case in UNUSED_BY_DDPM),
+        *((FlowMatching(), *case) for case in UNUSED_BY_FLOW),
+    ],
+    ids=str,
+)
+def test_an_option_that_the_objective_does_not_use_is_refused(process, options, words):
+    with pytest.raises(ConfigError, match=words) as refusal:
+        Objective(**options).check(process)
+    assert any(f"loss.{name}={value}" in str(refusal.value) for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("process", "options"),
+    [
+        (Ddpm(), {"weighting": "debiased", "noise_offset": 0.05, "timesteps": "mode", "mode_scale": 1.0}),
+        (FlowMatching(), {"weighting": "cosmap", "shift": "resolution", "timesteps": "logit_normal", "logit_mean": 0.5}),
+    ],
+    ids=str,
+)
+def test_an_option_that_the_objective_uses_is_not(process, options):
+    Objective(**options).check(process)
 
 
 @pytest.mark.parametrize(
