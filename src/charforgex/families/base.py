@@ -116,6 +116,10 @@ class Family(ABC):
     def denoise(self, denoiser: nn.Module, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         """The network's prediction on the latent grid, the shape of `noisy`. `t_B` is float32 in [0, 1]."""
 
+    @abstractmethod
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The denoiser's blocks in the order in which they run: what is checkpointed one by one, and compiled."""
+
     def pack(self, latents_BChw: Tensor) -> Tensor:
         """Latents in the shape that the family's pipeline takes."""
         return latents_BChw

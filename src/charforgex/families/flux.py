@@ -97,6 +97,9 @@ class Flux(Family):
         latents = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents).sample.float().clamp(-1, 1)
 
+    def blocks(self, denoiser) -> list[torch.nn.Module]:
+        return [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+
     def pack(self, latents_BChw: Tensor) -> Tensor:
         """Each 2 x 2 latents as one token: (B, C, 2h, 2w) to (B, h w, 4 C), channels slowest."""
         b, c, h, w = latents_BChw.shape

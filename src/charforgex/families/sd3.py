@@ -122,6 +122,9 @@ class Sd3(Family):
         latents = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return vae.decode(latents).sample.float().clamp(-1, 1)
 
+    def blocks(self, denoiser) -> list[torch.nn.Module]:
+        return list(denoiser.transformer_blocks)
+
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         return denoiser(
             hidden_states=noisy,

@@ -96,6 +96,9 @@ class Sdxl(Family):
         latents = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor
         return vae.decode(latents).sample.float().clamp(-1, 1)
 
+    def blocks(self, denoiser) -> list[torch.nn.Module]:
+        return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         index = (t_B.float() * 999).round().long()
         # in float32 whatever the network's dtype: bfloat16 cannot tell 1023 pixels from 1024

@@ -31,6 +31,7 @@ from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapter
 from charforgex.lora.metadata import build
 from charforgex.training import report
+from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
 from charforgex.training.curves import draw_curves
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
@@ -80,6 +81,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         torch.set_num_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     check_scheduler_name(settings.sampling.scheduler)
+    if settings.trainer.compile:
+        check_compiler(choose_device(settings.trainer.accelerator))
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
     settings = job.settings = with_trigger(settings, character.trigger)
@@ -101,8 +104,9 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     load_parts = loader(cfg, family, choose_device(settings.trainer.accelerator))
     objective.check(family.process(load_parts([])))  # the scheduler alone
     parts = load_parts(["denoiser"])
+    blocks = family.blocks(parts.denoiser)
     if settings.trainer.gradient_checkpointing:
-        parts.denoiser.enable_gradient_checkpointing()
+        checkpoint_blocks(parts.denoiser, blocks, settings.trainer.gradient_checkpointing)
     adapted = inject(parts.denoiser, targets, settings.lora.rank, settings.lora.alpha, cfg.seed)
     check_disk(run_dir, adapter_parameters(parts.denoiser), settings.trainer.keep)
 
@@ -237,7 +241,12 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -
     lines = report.objective_lines(family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable)
     report.show(job.console, "Objective", lines)
     report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
-    expected, _ = report.trial(module, s.trainer.steps)
+    grids = []
+    if s.trainer.compile:
+        compile_blocks(parts.denoiser, family.blocks(parts.denoiser))
+        stride = family.latent_stride(parts)
+        grids = first_grids([(item.cut.size[0] // stride, item.cut.size[1] // stride) for item in data.items])
+    expected, _ = report.trial(module, s.trainer.steps, grids)
     memory = f"{report.peak_memory_bytes() / 2**30:.2f} GiB so far"
     encoded = f"{made['latent']} pictures and {made['text']} captions encoded, the rest was cached"
     report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])

@@ -24,6 +24,7 @@ from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.sheets import contact_sheet
 from charforgex.lora.inject import without_adapter
 from charforgex.runs import replace_atomic
+from charforgex.training.blocks import uncompiled
 from charforgex.training.losses import Objective
 from charforgex.training.settings import EvaluationSettings
 from charforgex.types import Components, Text
@@ -100,6 +101,7 @@ class Knowing:
 
     # ---- pictures ----
 
+    @uncompiled
     def draw(self) -> list[Image.Image]:
         """The evaluation pictures by the denoiser as it stands."""
         device = self.parts.denoiser.device
@@ -127,6 +129,7 @@ class Knowing:
     # ---- numbers ----
 
     @torch.no_grad()
+    @uncompiled
     def validation_loss(self) -> float:
         """Mean loss over held-out pictures x fixed noise x noise levels in the middle of equal shares of [0, 1]."""
         device, total, count = self.parts.denoiser.device, 0.0, 0

@@ -13,6 +13,7 @@ from rich.table import Table
 from charforgex.data.datamodule import CharacterData
 from charforgex.families.base import Family
 from charforgex.families.process import Process
+from charforgex.training.blocks import resized
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
 from charforgex.training.settings import LoraSettings, OptimizerSettings, TrainerSettings
@@ -67,14 +68,19 @@ def data_lines(family: Family, parts: Components, data: CharacterData, count: in
     return lines
 
 
-def trial(module: DenoiserModule, steps: int) -> tuple[str, float]:
-    """Time expected for `steps`, from one forward and backward pass that changes nothing, and its seconds."""
-    loader = iter(module.make_loader(module.step, 0, 1))
-    batch = next(loader)
+def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] = ()) -> tuple[str, float]:
+    """Time expected for `steps`, from one forward and backward pass that changes nothing, and its seconds.
+
+    Latent `grids` pass first and do not count. They, and the first step's batch, come in one order wherever a run goes on from: a
+    compiled block's graphs, and so its bits, depend on which sizes it saw first.
+    """
     device = next(iter(module.trainable.values())).device
+    batch = [micro.to(device) for micro in next(iter(module.make_loader(0, 0, 1)))]
+    for grid in grids:
+        module.losses(resized(batch[0], grid), ("trial",)).mean().backward()
     started = time.perf_counter()
     for micro in batch:
-        module.losses(micro.to(device), ("trial",)).mean().backward()
+        module.losses(micro, ("trial",)).mean().backward()
     for parameter in module.trainable.values():
         parameter.grad = None
     seconds = time.perf_counter() - started

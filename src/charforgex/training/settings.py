@@ -53,7 +53,8 @@ class TrainerSettings:
     accumulate: Positive = 1
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     threads: Annotated[int, Range(at_least=0)] = 0  # of the CPU; 0 leaves it to torch
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Positive = False  # of all blocks, or of that many from the first
+    compile: bool = False
     ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
     checkpoint_every: Positive = 100
     keep: Positive = 2
