@@ -1,4 +1,4 @@
-"""sampling.py on the tiny SDXL: equal to diffusers' own pipeline, each picture a function of its seed."""
+"""sampling.py on the tiny models: equal to diffusers' own pipelines, each picture a function of its seed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from charforgex.errors import ConfigError, ModelError
+from charforgex.families.flux import Flux
+from charforgex.families.process import FlowMatching, shifted
+from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
-from charforgex.generation.sampling import check_size, encode_prompts, initial_noise, sample, sample_latents, to_images
-from charforgex.generation.schedulers import SAMPLERS, build_scheduler, check_scheduler_name
+from charforgex.generation.sampling import check_size, encode_prompts, initial_noise, needs_negative, sample, sample_latents, to_images
+from charforgex.generation.schedulers import FLOW_SAMPLERS, SAMPLERS, build_scheduler, check_scheduler_name
+from charforgex.types import Components
 
 FAMILY = Sdxl()
+FLOW = {"flux": Flux(), "sd3": Sd3()}
 SETTINGS = {"size": (32, 48), "steps": 3, "guidance": 4.0}
 PROMPTS = ["a man with red hair", "a woman at the beach", "a cat", "a dog in the city", "a man with red hair"]
 SEEDS = [5, 6, 7, 8, 9]
@@ -22,6 +27,31 @@ def parts():
     return FAMILY.tiny()
 
 
+@pytest.fixture(scope="module")
+def flow_parts():
+    return {name: family.tiny() for name, family in FLOW.items()}
+
+
+def with_scheduler(parts, scheduler):
+    return Components(parts.source, parts.denoiser_name, parts.modules | {"scheduler": scheduler}, parts.config)
+
+
+def flow_pipeline(name, parts):
+    """diffusers' own, put together by hand."""
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+    names = [part for group in FLOW[name].components.values() for part in group]
+    pipeline = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}[name](**{part: parts[part] for part in [*names, "scheduler"]})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flow_latents(name, parts, prompts=PROMPTS, seeds=SEEDS, **settings):
+    text, negative = encode_prompts(FLOW[name], parts, prompts), FLOW[name].encode_text(parts, ["a dog"] * len(prompts))
+    settings = {"size": (32, 48), "steps": 3, "guidance": 4.0} | settings
+    return sample_latents(FLOW[name], parts, text, seeds, negative_text=negative, **settings)
+
+
 def zero_snr(parts):
     """The same networks with the embedded base's kind of scheduler."""
     from diffusers import DDIMScheduler
@@ -30,7 +60,7 @@ def zero_snr(parts):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
         timestep_spacing="trailing", clip_sample=False,
     )  # fmt: skip
-    return type(parts)(parts.source, parts.denoiser_name, parts.modules | {"scheduler": scheduler}, parts.config)
+    return with_scheduler(parts, scheduler)
 
 
 def latents(parts, prompts=PROMPTS, seeds=SEEDS, **settings):
@@ -67,6 +97,131 @@ def test_equals_diffusers_with_another_scheduler(parts):
         PROMPTS[:1], height=32, width=48, num_inference_steps=3, guidance_scale=4.0, latents=initial_noise(SEEDS[:1], (4, 4, 6))
     ).images
     assert np.array_equal(pixels(mine), pixels(theirs))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("flux", {"guidance": 1.0}),
+        ("flux", {"guidance": 3.5}),
+        ("flux", {"guidance": 3.5, "true_guidance": 2.0}),
+        ("sd3", {"guidance": 1.0}),
+        ("sd3", {"guidance": 4.5}),
+    ],
+)
+def test_flow_equals_diffusers(flow_parts, name, settings):
+    """Prompts in, latents out: the same bits as the pipelines of diffusers called by hand with the same noise."""
+    family, parts = FLOW[name], flow_parts[name]
+    mine = flow_latents(name, parts, PROMPTS[:2], SEEDS[:2], **settings)
+    theirs = flow_pipeline(name, parts)(
+        PROMPTS[:2], negative_prompt=["a dog"] * 2, height=32, width=48, num_inference_steps=3, guidance_scale=settings["guidance"],
+        latents=family.pack(initial_noise(SEEDS[:2], (4, 4, 6))), max_sequence_length=24, output_type="latent",
+        **({"true_cfg_scale": settings.get("true_guidance", 1.0)} if name == "flux" else {}),
+    ).images  # fmt: skip
+    assert torch.equal(mine, family.unpack(theirs, 4, 6))
+    plain = flow_latents(name, parts, PROMPTS[:2], SEEDS[:2], guidance=1.0)
+    assert (settings == {"guidance": 1.0}) == torch.equal(mine, plain)  # each of the guidances has an effect
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_flow_pictures_equal_diffusers(flow_parts, name):
+    family, parts = FLOW[name], flow_parts[name]
+    mine = sample(family, parts, PROMPTS[:1], SEEDS[:1], size=(32, 48), steps=2, guidance=3.5)
+    theirs = flow_pipeline(name, parts)(
+        PROMPTS[:1], height=32, width=48, num_inference_steps=2, guidance_scale=3.5, max_sequence_length=24,
+        latents=family.pack(initial_noise(SEEDS[:1], (4, 4, 6))),
+    ).images  # fmt: skip
+    assert np.abs(pixels(mine).astype(int) - pixels(theirs)).max() <= 1  # rounding to bytes
+    assert pixels(mine).std() > 1
+
+
+@pytest.mark.parametrize("scheduler", ["checkpoint", "dpmpp_2m"])
+@pytest.mark.parametrize("name", FLOW)
+def test_flow_batches_and_order_change_nothing(flow_parts, name, scheduler):
+    settings = {"scheduler": scheduler} | ({"true_guidance": 2.0} if name == "flux" else {})
+    whole = flow_latents(name, flow_parts[name], batch_size=5, **settings)
+    backwards = flow_latents(name, flow_parts[name], PROMPTS[::-1], SEEDS[::-1], batch_size=2, **settings).flip(0)
+    torch.testing.assert_close(backwards, whole, atol=2e-5, rtol=1e-4)
+    assert (whole[0] - whole[4]).abs().max() > 0.1  # one prompt, two seeds
+
+
+def flow_schedulers():
+    """As Flux-dev, SD3 and schnell have them, and one by resolution whose line is its own."""
+    from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+
+    dev = {"shift": 3.0, "use_dynamic_shifting": True}
+    return [Euler(**dev), Euler(shift=3.0), Euler(shift=1.0), Euler(**dev, base_shift=0.9, max_shift=2.0, base_image_seq_len=2)]
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_flow_schedulers_agree_in_the_limit(flow_parts, name):
+    """All solve one equation. Another prediction type, or a time on another scale, would send one elsewhere."""
+    found = {
+        each: flow_latents(name, flow_parts[name], PROMPTS[:1], [3], steps=60, guidance=1.0, scheduler=each)
+        for each in ("checkpoint", *FLOW_SAMPLERS)
+    }
+    own = found.pop("checkpoint")
+    moved = (own - initial_noise([3], (4, 4, 6))).std() / own.std()
+    away = {each: ((value - own).std() / own.std()).item() for each, value in found.items()}
+    assert away.pop("euler") == 0 and max(away.values()) < 0.01 and moved > 0.3, (away, moved)
+
+
+@pytest.mark.parametrize("scheduler", range(4))
+@pytest.mark.parametrize("name", FLOW)
+def test_flow_schedulers_shift_as_the_checkpoint_does(flow_parts, name, scheduler):
+    """Through the pipelines, which work out the shift by resolution: 6 tokens at this size."""
+    own = flow_schedulers()[scheduler]
+    parts = with_scheduler(flow_parts[name], own)
+    process = FlowMatching.from_config(own.config)
+    shift = process.resolution_shift(6) if process.shift is None else process.shift
+    found = {}
+    for each in ("checkpoint", *FLOW_SAMPLERS):
+        pipeline = flow_pipeline(name, parts)
+        pipeline.scheduler = build_scheduler(own, each, 5)
+        pipeline("a", height=32, width=48, num_inference_steps=5, max_sequence_length=24, output_type="latent")
+        found[each] = pipeline.scheduler.sigmas
+    assert torch.equal(found["euler"], found["checkpoint"])
+    even = torch.linspace(1, 0, 6)
+    for each in ("dpmpp_2m", "unipc"):  # which begin at 0.999, or end there
+        torch.testing.assert_close(found[each], shifted(even, shift), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler_a", "dpmpp_2m_karras"])
+def test_flow_checkpoints_refuse_schedulers_of_betas(scheduler):
+    with pytest.raises(ConfigError, match=rf"scheduler={scheduler} is for .*betas.*use one of checkpoint, euler, dpmpp_2m, unipc"):
+        build_scheduler(flow_schedulers()[0], scheduler, 10)
+
+
+def test_flow_schedulers_that_no_seed_decides_or_that_space_otherwise_are_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+
+    with pytest.raises(ConfigError, match="draws noise that no seed decides; use scheduler=euler"):
+        build_scheduler(Euler(stochastic_sampling=True), "checkpoint", 4)
+    assert not build_scheduler(Euler(stochastic_sampling=True), "euler", 4).config.stochastic_sampling
+    with pytest.raises(ConfigError, match="does not know how this checkpoint spaces its steps; use scheduler=checkpoint"):
+        build_scheduler(Euler(shift_terminal=0.1), "unipc", 4)
+
+
+def test_solvers_begin_with_the_first_of_many_steps(flow_parts):
+    """diffusers rounds their times to whole numbers, and would begin at the second of two that are equal."""
+    with pytest.raises(ConfigError, match=r"steps=600 cannot be spaced"):
+        build_scheduler(flow_schedulers()[1], "dpmpp_2m", 600)
+    build_scheduler(flow_schedulers()[1], "euler", 600)
+
+
+def test_guidance_of_no_effect_is_refused(flow_parts):
+    flux, sd3 = FLOW["flux"], FLOW["sd3"]
+    schnell = Components("schnell", "transformer", flow_parts["flux"].modules, flow_parts["flux"].config | {"guidance_embeds": False})
+    assert not needs_negative(flux, schnell, 1.0) and needs_negative(flux, schnell, 1.0, 2.0)
+    assert not needs_negative(flux, flow_parts["flux"], 3.5) and needs_negative(flux, flow_parts["flux"], 3.5, 1.5)
+    assert not needs_negative(sd3, flow_parts["sd3"], 1.0) and needs_negative(sd3, flow_parts["sd3"], 4.5)
+    with pytest.raises(ConfigError, match=r"guidance=3.5 has no effect: schnell .*Set guidance=1, or true_guidance=3.5"):
+        needs_negative(flux, schnell, 3.5)
+    with pytest.raises(ConfigError, match=r"true_guidance=2 has no meaning for sd3"):
+        needs_negative(sd3, flow_parts["sd3"], 4.5, 2.0)
+    for name, family in FLOW.items():
+        with pytest.raises(ConfigError, match=rf"guidance_rescale=0.7 has no meaning for {name}"):
+            needs_negative(family, flow_parts[name], 1.0, guidance_rescale=0.7)
 
 
 @pytest.mark.parametrize("scheduler", ["checkpoint", "euler_a", "unipc"])
@@ -126,13 +281,6 @@ def test_checkpoint_scheduler_is_not_touched(parts):
     before = parts["scheduler"].timesteps.clone()
     latents(parts)
     assert torch.equal(parts["scheduler"].timesteps, before) and parts["scheduler"].num_inference_steps is None
-
-
-def test_flow_matching_checkpoints_keep_their_scheduler():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    with pytest.raises(ConfigError, match=r"scheduler=ddim is for diffusion models with betas.*FlowMatchEulerDiscreteScheduler"):
-        build_scheduler(FlowMatchEulerDiscreteScheduler(), "ddim", 10)
 
 
 @pytest.mark.parametrize("steps", [61, 103])
