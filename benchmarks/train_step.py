@@ -232,13 +232,14 @@ def make_module(setup: Setup, denoiser: nn.Module, process, data: CharacterData)
     from charforgex.training.losses import Objective
     from charforgex.training.module import DenoiserModule
     from charforgex.training.optimizers import build_optimizer, schedule
+    from charforgex.training.settings import OptimizerSettings
 
     family = Sdxl()
     inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
     compile_denoiser(setup, denoiser)
     return DenoiserModule(
         family, denoiser, process, Objective(), adapter_parameters(denoiser),
-        make_optimizer=lambda parameters: build_optimizer("adamw", parameters, 1e-4, 0.01), learning_rate=schedule("constant", 1),
+        make_optimizer=lambda trainable: build_optimizer(OptimizerSettings(), trainable), learning_rate=schedule("constant", 1),
         make_loader=lambda first, rank, world: StepLoader(data.train_dataloader(first, setup.steps, rank, world), 1),
     )  # fmt: skip
 

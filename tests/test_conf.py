@@ -26,8 +26,9 @@ def filled(name, overrides):
         return compose(name, [*overrides, *(f"{key}=given" for key in wanted)])
 
 
-CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "trainer")}
+CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
 CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora"}
+WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
 
 
 @pytest.mark.parametrize("group", CHOSEN_BY)
@@ -35,7 +36,8 @@ def test_every_choice_of_training_composes(group):
     options = choices("train")[group]
     assert options
     for option in options:
-        check(filled("train", [f"{CHOSEN_BY[group]}={option}"]))
+        choice = f"{CHOSEN_BY[group]}={option}"
+        check(filled("train", [choice, *WITH.get(choice, [])]))
 
 
 def test_every_group_belongs_to_an_entry_point():

@@ -20,7 +20,8 @@ class Toy(StepModule):
     def __init__(self, xs, bad=lambda step, attempt: False, **settings):
         self_weight = nn.Parameter(torch.zeros(1))
         defaults = {
-            "make_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.25), "learning_rate": lambda step: 1.0, "grad_clip": 0.0,
+            "make_optimizer": lambda trainable: torch.optim.SGD(trainable.values(), lr=0.25), "learning_rate": lambda step: 1.0,
+            "grad_clip": 0.0,
             "make_loader": lambda first, rank, world: DataLoader(xs[first:], batch_size=None, collate_fn=list),
         }  # fmt: skip
         super().__init__({"w": self_weight}, **(defaults | settings))
@@ -92,7 +93,7 @@ def test_and_stops_with_the_reason_when_that_does_not_help(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    module = Toy(steps_of([[1.0]], [[1.0]]), make_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=float("inf")))
+    module = Toy(steps_of([[1.0]], [[1.0]]), make_optimizer=lambda trainable: torch.optim.SGD(trainable.values(), lr=float("inf")))
     with pytest.raises(TrainingError, match="not finite at step 1"):
         run(module, 2, tmp_path)
     assert load_last_good(tmp_path / "checkpoints")[0]["step"] == 0

@@ -1,10 +1,22 @@
-"""Muon, and the learning rate's schedules."""
+"""Every optimizer by its effect and its state, and the learning rate's schedules."""
 
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
 
+from charforgex.config import compose
 from charforgex.errors import ConfigError
-from charforgex.training.optimizers import Muon, build_optimizer, orthogonalise, schedule
+from charforgex.training.checkpoints import SafeCheckpointIO
+from charforgex.training.loop import fit
+from charforgex.training.module import StepModule
+from charforgex.training.optimizers import Muon, build_optimizer, check_optimizer, orthogonalise, schedule
+from charforgex.training.run import check
+from charforgex.training.settings import OptimizerSettings, TrainerSettings
+
+PACKAGES = {"prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+LR = {"prodigy": 1.0}
 
 
 def test_orthogonalise_brings_all_singular_values_near_one():
@@ -52,5 +64,150 @@ def test_warmup_rises_in_equal_steps():
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="schedule=step"):
         schedule("step", 10)
-    with pytest.raises(ConfigError, match="name=sgd"):
-        build_optimizer("sgd", [], 0.1, 0.0)
+
+
+# ---- each by its name ----
+
+
+class Fitting(StepModule):
+    """Fits A @ B to a matrix: loss |A @ B - M|^2, with A zero at first, as a LoRA's up is."""
+
+    def __init__(self, name, steps, rate=lambda name: 1.0, ema=0.0):
+        generator = torch.Generator().manual_seed(0)
+        factors = {"b.down": torch.randn(3, 8, generator=generator), "a.up": torch.zeros(6, 3)}
+        self_parameters = {key: nn.Parameter(value) for key, value in factors.items()}
+        settings = OptimizerSettings(name=name, lr=LR.get(name, 0.05), schedule="constant")
+        super().__init__(
+            self_parameters, lambda trainable: build_optimizer(settings, trainable, rate), schedule("constant", steps, 2), grad_clip=0.0,
+            ema_decay=ema,
+            make_loader=lambda first, rank, world: DataLoader([[torch.ones(1)]] * (steps - first), batch_size=None, collate_fn=list),
+        )  # fmt: skip
+        self.down, self.up = self_parameters.values()
+        self.goal = torch.randn(6, 8, generator=generator)
+
+    def losses(self, micro, key):
+        return (self.up @ self.down - self.goal).square().sum().view(1)
+
+    def value(self):
+        with torch.no_grad(), self.averaged():
+            return self.losses(None, ()).item()
+
+
+def learnt(name, steps):
+    """Plain steps of the optimizer, without a trainer around them."""
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    module = Fitting(name, steps)
+    for _ in range(steps):
+        module.losses(None, ()).sum().backward()
+        module.optimizer.step()
+        module.optimizer.zero_grad()
+    return module
+
+
+def trained(name, steps, tmp_path, module=None, total=None, **settings):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    module = module or Fitting(name, total or steps, **settings)
+    stop = TrainerSettings(steps=steps, ema=0.0, checkpoint_every=1000, accelerator="cpu")
+    fit(module, tmp_path / "checkpoints", stop, [], Console(quiet=True), lambda step: None, 10000, set)
+    return module
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedule_free", "adafactor", "muon"])
+def test_each_optimizer_learns(name):
+    module = learnt(name, 150)
+    start = module.goal.square().sum().item()
+    best = torch.linalg.svdvals(module.goal)[3:].square().sum().item()  # of rank 3
+    assert (module.value() - best) / (start - best) < 0.1
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedule_free", "adafactor", "muon"])
+def test_each_optimizer_is_resumed_bit_by_bit(name, tmp_path):
+    """Six steps, and three plus three with a checkpoint on disk between them and a measurement in one of the two."""
+    whole = trained(name, 6, tmp_path / "whole")
+    half = trained(name, 3, tmp_path / "half", total=6)
+    half.value()
+    path = tmp_path / "half" / "kept"
+    SafeCheckpointIO().save_checkpoint(half.checkpoint(), path)
+    again = Fitting(name, 6)
+    again.restore(SafeCheckpointIO().load_checkpoint(path))
+    trained(name, 6, tmp_path / "again", module=again)
+    expected, found = whole.checkpoint(), again.checkpoint()
+    assert expected["tensors"].keys() == found["tensors"].keys() and len(found["tensors"]) > 3
+    assert all(torch.equal(expected["tensors"][key], found["tensors"][key]) for key in found["tensors"])
+    assert expected["optimizer"] == found["optimizer"]
+    types = [{key: type(value) for key, value in group.items()} for group in (*whole.optimizer.param_groups, *again.optimizer.param_groups)]
+    assert types[: len(types) // 2] == types[len(types) // 2 :]  # an int that comes back as a tensor computes otherwise
+
+
+def test_a_roll_back_to_the_first_step_forgets_the_optimizers_state(tmp_path):
+    module = Fitting("adamw", 3)
+    start = {key: value.clone() if key == "tensors" else value for key, value in module.checkpoint().items() if key != "tensors"}
+    start["tensors"] = {key: value.clone() for key, value in module.checkpoint()["tensors"].items()}
+    trained("adamw", 3, tmp_path, module=module)
+    module.restore(start)
+    assert not module.optimizer.state and module.step == 0
+
+
+def test_prodigy_finds_the_rate():
+    """d grows from 1e-6 by orders of magnitude, and is what a resumed run goes on with (above)."""
+    found = learnt("prodigy", 60).optimizer.param_groups[0]["d"]
+    assert 1e-3 < found < 1
+
+
+def test_schedule_free_is_measured_at_its_average_and_trains_on_where_it_was(tmp_path):
+    """x, the average, is between y, where gradients are taken, and beyond z: y = (1 - beta) z + beta x."""
+    module = trained("schedule_free", 5, tmp_path)
+    before = {name: p.detach().clone() for name, p in module.trainable.items()}
+    z = {name: module.optimizer.state[p]["z"] for name, p in module.trainable.items()}
+    with module.averaged():
+        for name, x in module.trainable.items():
+            torch.testing.assert_close(0.1 * z[name] + 0.9 * x.detach(), before[name])
+            assert not torch.equal(x, before[name])
+    assert all(torch.equal(p, before[name]) for name, p in module.trainable.items())
+    assert module.optimizer.param_groups[0]["train_mode"]
+
+
+def test_adafactor_keeps_rows_and_columns_only(tmp_path):
+    module = trained("adafactor", 2, tmp_path)
+    shapes = {key: tuple(value.shape) for key, value in module.optimizer.state[module.down].items() if torch.is_tensor(value)}
+    assert shapes["exp_avg_sq_row"] == (3,) and shapes["exp_avg_sq_col"] == (8,) and "exp_avg_sq" not in shapes
+
+
+def test_rates_by_name_make_groups_that_move_by_their_own_steps(tmp_path):
+    """LoRA+: AdamW's first step is the rate itself in every weight, here sixteen times as large in up."""
+    module = Fitting("adamw", 1, rate=lambda name: 16.0 if name.endswith(".up") else 1.0)
+    down = module.down.detach().clone()
+    trained("adamw", 1, tmp_path, module=module)
+    warm = 1 / 3  # of two warm-up steps
+    assert [group["lr"] for group in module.optimizer.param_groups] == pytest.approx([0.05 * warm, 0.8 * warm])
+    assert module.up.abs().max().item() == pytest.approx(0.8 * warm, rel=1e-4)
+    assert (module.down - down).abs().max().item() < 0.05 * warm
+
+
+# ---- what is refused, and when ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer=muon"], "thin factors"),
+        (["optimizer=schedule_free"], "trainer.ema=0"),
+        (["optimizer=schedule_free", "trainer.ema=0", "optimizer.schedule=cosine"], "optimizer.schedule=constant"),
+        (["optimizer.name=prodigy"], "choose optimizer=prodigy"),
+        (["optimizer=prodigy", "optimizer.name=adamw", "optimizer.d_coef=2"], "d_coef=2"),
+    ],
+)
+def test_what_excludes_each_other_is_refused_by_name(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        check(compose("train", overrides))
+
+
+def test_an_optimizer_that_cannot_run_here_is_refused_before_anything_is_loaded(monkeypatch):
+    with pytest.raises(ConfigError, match=r"NVIDIA GPUs only.*cpu.*optimizer=adamw or adafactor"):
+        check_optimizer("adamw8bit", "cpu")
+    monkeypatch.setattr("charforgex.training.optimizers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'prodigyopt: pip install "charforgex\[optimizers\]"'):
+        check_optimizer("prodigy", "cpu")
+    check_optimizer("adamw", "cpu")

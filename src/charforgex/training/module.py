@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from charforgex.errors import CheckpointError, TrainingError
 from charforgex.families.base import Family
 from charforgex.families.process import Process
+from charforgex.training.live import LiveText
 from charforgex.training.losses import Objective
 from charforgex.types import Batch
 
@@ -32,7 +33,7 @@ class NotFinite(Exception):
 class StepModule(L.LightningModule):
     """Trains the parameters in `trainable` by whatever `losses` a subclass has.
 
-    make_optimizer(parameters) -> optimizer; learning_rate(step) -> factor on every group's initial rate;
+    make_optimizer(trainable) -> optimizer; learning_rate(step) -> factor on every group's initial rate;
     make_loader(first_step, rank, world) -> iterable of steps, each a list of micro-batches. `attempt` counts roll-backs and
     gives the steps after one other draws than those that failed.
     """
@@ -51,7 +52,8 @@ class StepModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.trainable, self.seed, self.grad_clip, self.ema_decay = trainable, seed, grad_clip, ema_decay
-        self.optimizer, self.learning_rate = make_optimizer(list(trainable.values())), learning_rate
+        self.optimizer, self.learning_rate = make_optimizer(trainable), learning_rate
+        self.has_average = hasattr(self.optimizer, "eval")  # schedule-free: it trains at one point and is good at another
         self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = {name: p.detach().clone() for name, p in trainable.items()} if ema_decay else {}
         self.step = 0  # optimizer steps drawn so far, skipped ones included
@@ -111,12 +113,16 @@ class StepModule(L.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the denoiser has its EMA weights, if there are any."""
-        raw = {name: p.detach().clone() for name, p in self.trainable.items()} if self.ema else {}
+        """Inside, the denoiser has its EMA weights, if there are any, or the optimizer's own average. Bit for bit as before afterwards."""
+        raw = {name: p.detach().clone() for name, p in self.trainable.items()} if self.ema or self.has_average else {}
         self._fill(self.ema)
+        if self.has_average:
+            self.optimizer.eval()
         try:
             yield
         finally:
+            if self.has_average:
+                self.optimizer.train()  # its own way back rounds, hence the copy
             self._fill(raw)
 
     @torch.no_grad()
@@ -127,13 +133,22 @@ class StepModule(L.LightningModule):
     # ---- state: plain tensors by name, and plain numbers ----
 
     def checkpoint(self) -> dict:
-        """Everything that a resumed run needs; no pickles: {"tensors": {name: Tensor}, "step": int, "seed": int}."""
+        """Everything that a resumed run needs; no pickles: {"tensors": {name: Tensor}, "optimizer": ..., "step": int, "seed": int}.
+
+        What an optimizer keeps in plain numbers, for a parameter or for a group of them, goes into "optimizer".
+        """
         tensors = {f"weights/{name}": p.detach() for name, p in self.trainable.items()}
         tensors |= {f"ema/{name}": average for name, average in self.ema.items()}
+        numbers: dict[str, dict] = {}
         for name, parameter in self.trainable.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
-        return {"tensors": tensors, "step": self.step, "seed": self.seed, "attempt": self.attempt}
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{name}"] = value
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        optimizer = {"groups": groups, "numbers": numbers}
+        return {"tensors": tensors, "optimizer": optimizer, "step": self.step, "seed": self.seed, "attempt": self.attempt}
 
     @torch.no_grad()
     def restore(self, checkpoint: dict, weights_only: bool = False) -> None:
@@ -153,13 +168,18 @@ class StepModule(L.LightningModule):
                 average.copy_(tensors[f"{source}/{name}"])
         if weights_only:
             return
-        for name, parameter in self.trainable.items():
-            state = {}
-            for key in {n.split("/", 2)[1] for n in tensors if n.startswith("optimizer/") and n.split("/", 2)[2] == name}:
-                value = tensors[f"optimizer/{key}/{name}"].clone()
-                state[key] = value if key == "step" else value.to(parameter.device)  # torch keeps its counters on the CPU
-            if state:
-                self.optimizer.state[parameter] = state
+        plain = checkpoint.get("optimizer", {"groups": [], "numbers": {}})  # older checkpoints had only tensors to keep
+        self.optimizer.state.clear()
+        for name, values in plain["numbers"].items():
+            self.optimizer.state[self.trainable[name]].update(values)
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, kind, name = key.split("/", 2)
+                parameter = self.trainable[name]
+                value = value.clone() if kind == "step" else value.to(parameter.device, copy=True)  # torch keeps its counters on the CPU
+                self.optimizer.state[parameter][kind] = value
+        for group, values in zip(self.optimizer.param_groups, plain["groups"], strict=bool(plain["groups"])):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])
 
     def check_finite(self) -> None:
@@ -172,9 +192,11 @@ class StepModule(L.LightningModule):
 class DenoiserModule(StepModule):
     """Trains a denoiser of any family, or an adapter in it, by the family's own objective. Micro-batches are `types.Batch`es."""
 
-    def __init__(self, family: Family, denoiser: nn.Module, process: Process, objective: Objective, trainable: dict, **settings):
+    def __init__(
+        self, family: Family, denoiser: nn.Module, process: Process, objective: Objective, trainable: dict, live: LiveText, **settings
+    ):
         super().__init__(trainable, **settings)
-        self.family, self.denoiser, self.process, self.objective = family, denoiser, process, objective
+        self.family, self.denoiser, self.process, self.objective, self.live = family, denoiser, process, objective, live
 
     def losses(self, micro: Batch, key: tuple) -> Tensor:
-        return self.objective.losses(self.family, self.denoiser, self.process, micro, *key)
+        return self.objective.losses(self.family, self.denoiser, self.process, self.live.batch(micro), *key)

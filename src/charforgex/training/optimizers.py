@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from charforgex.errors import ConfigError
+from charforgex.training.settings import OptimizerSettings
+
+PACKAGES = {"prodigy": ("prodigyopt", "optimizers"), "schedule_free": ("schedulefree", "optimizers"), "adamw8bit": ("bitsandbytes", "cuda")}
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -76,9 +82,50 @@ def schedule(name: str, steps: int, warmup: int = 0) -> Callable[[int], float]:
     return factor
 
 
-def build_optimizer(name: str, parameters: list, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    if name == "muon":
-        return Muon(parameters, lr=lr, weight_decay=weight_decay)
-    raise ConfigError(f"optimizer.name={name} is unknown; choose adamw or muon.")
+def check_optimizer(name: str, device: str) -> None:
+    """Raises ConfigError, before anything is loaded, if this optimizer cannot run here. `device` is torch's word for it."""
+    if name == "adamw8bit" and device != "cuda":
+        raise ConfigError(
+            f"optimizer.name=adamw8bit runs on NVIDIA GPUs only, and this run is on {device}; use optimizer=adamw or adafactor."
+        )
+    package, extra = PACKAGES.get(name, (None, None))
+    if package and find_spec(package) is None:
+        raise ConfigError(f'optimizer.name={name} needs {package}: pip install "charforgex[{extra}]".')
+
+
+def build_optimizer(
+    settings: OptimizerSettings, trainable: Mapping[str, nn.Parameter], rate: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """The optimizer of `trainable`. `rate` says by which factor a parameter's learning rate differs from `settings.lr`."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        by_rate.setdefault(rate(name), []).append(parameter)
+    groups = [{"params": parameters, "lr": settings.lr * factor} for factor, parameters in by_rate.items()]
+    decay = settings.weight_decay
+    match settings.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, weight_decay=decay)
+        case "muon":
+            return Muon(groups, weight_decay=decay)
+        case "adafactor":
+            from transformers.optimization import Adafactor
+
+            # with a rate of its own, not relative to each weight's size: a LoRA's first up is zero and would never move
+            return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
+        case "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, weight_decay=decay)
+        case "prodigy":
+            from prodigyopt import Prodigy
+
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decays weights
+                return Prodigy(
+                    groups, weight_decay=decay, decouple=True, use_bias_correction=True, safeguard_warmup=True, d_coef=settings.d_coef
+                )
+        case "schedule_free":
+            from schedulefree import AdamWScheduleFree
+
+            optimizer = AdamWScheduleFree(groups, weight_decay=decay)
+            optimizer.train()
+            return optimizer

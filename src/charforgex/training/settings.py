@@ -38,13 +38,29 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class TextEncoderSettings:
+    lr: Annotated[float, Range(above=0)] | None = None
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "prodigy", "schedule_free", "adafactor", "muon"] = "adamw"
     lr: Annotated[float, Range(above=0)] = 1e-4
     weight_decay: Annotated[float, Range(at_least=0)] = 0.01
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: Annotated[int, Range(at_least=0)] = 0
     grad_clip: Annotated[float, Range(at_least=0)] = 1.0  # 0 is off
+    d_coef: Annotated[float, Range(above=0)] = 1.0  # of Prodigy
+
+    def __post_init__(self):
+        if self.name == "schedule_free" and self.schedule != "constant":
+            raise ConfigError(f"optimizer.schedule={self.schedule} has no place in schedule_free; use optimizer.schedule=constant.")
+        if self.name == "prodigy" and self.lr < 0.1:
+            raise ConfigError(
+                f"optimizer.lr={self.lr:g} scales the rate that prodigy finds by itself; choose optimizer=prodigy, with lr 1."
+            )
+        if self.name != "prodigy" and self.d_coef != 1.0:
+            raise ConfigError(f"optimizer.d_coef={self.d_coef:g} has an effect in prodigy only.")
 
 
 @dataclass(frozen=True)
