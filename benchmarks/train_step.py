@@ -228,17 +228,19 @@ def make_module(setup: Setup, denoiser: nn.Module, process, data: CharacterData)
     """What `training.character` makes, without EMA."""
     from charforgex.families.sdxl import Sdxl
     from charforgex.lora.inject import adapter_parameters, inject
+    from charforgex.training.live import LiveText
     from charforgex.training.loop import StepLoader
     from charforgex.training.losses import Objective
     from charforgex.training.module import DenoiserModule
     from charforgex.training.optimizers import build_optimizer, schedule
     from charforgex.training.settings import OptimizerSettings
+    from charforgex.types import Components
 
     family = Sdxl()
     inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
     compile_denoiser(setup, denoiser)
     return DenoiserModule(
-        family, denoiser, process, Objective(), adapter_parameters(denoiser),
+        family, denoiser, process, Objective(), adapter_parameters(denoiser), LiveText(family, Components("", family.denoiser_name)),
         make_optimizer=lambda trainable: build_optimizer(OptimizerSettings(), trainable), learning_rate=schedule("constant", 1),
         make_loader=lambda first, rank, world: StepLoader(data.train_dataloader(first, setup.steps, rank, world), 1),
     )  # fmt: skip

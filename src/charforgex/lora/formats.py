@@ -312,11 +312,11 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[b
 
 def save_verified(
     lora: Lora, path: str | Path, format: str, family: Spelling, denoiser: nn.Module,
-    dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None, encoders: Mapping[str, nn.Module] | None = None,
 ) -> Path:  # fmt: skip
     """Saves a trained adapter, or raises LoraError and leaves `path` as it was.
 
-    `denoiser` holds the adapter that was trained; `lora` is a copy of it, or its moving average. Before the file gets its
+    `denoiser`, and text `encoders` by component, hold the adapter that was trained; `lora` is a copy of it, or its moving average. Before the file gets its
     name it is read back: every layer must be there with the values that `dtype` can hold, and, put into peft layers by
     the code that generation uses, must give the very outputs of the trained layers. The denoiser is left as it was.
     """
@@ -328,6 +328,14 @@ def save_verified(
             raise LoraError(f"{path} was not saved: {len(missing)} of {len(lora)} layers do not come back: {some(sorted(missing))}.")
         if changed := [name for name, layer in expected.layers.items() if not layer.equals(reloaded.layers[name])]:
             raise LoraError(f"{path} was not saved: {len(changed)} of {len(lora)} layers come back changed: {some(changed)}.")
-        if differing := same_output(denoiser, family.denoiser_name, expected, reloaded):
+        trained = {family.denoiser_name: denoiser, **(encoders or {})}
+        if strangers := set(lora.components()) ^ set(trained):
+            raise LoraError(f"{path} was not saved: only one of the adapter and what was trained has {some(sorted(strangers))}.")
+        differing = [
+            f"{component}.{name}"
+            for component, network in trained.items()
+            for name in same_output(network, component, expected, reloaded)
+        ]
+        if differing:
             raise LoraError(f"{path} was not saved: {len(differing)} layers give other outputs when loaded: {some(differing)}.")
     return Path(path)

@@ -84,6 +84,13 @@ def read_adapter(denoiser: nn.Module, component: str, name: str = TRAINED) -> Lo
     return Lora(layers)
 
 
+def read_adapters(networks: Mapping[str, nn.Module], name: str = TRAINED) -> Lora:
+    """`read_adapter` of several networks by component, as one."""
+    return Lora(
+        {path: layer for component, network in networks.items() for path, layer in read_adapter(network, component, name).layers.items()}
+    )
+
+
 def _spelled(component: str, path: str) -> str:
     """A module's path as `Lora` has it: CLIP's always with the prefix that transformers 5 has dropped from one of its classes."""
     is_clip = component.startswith("text_encoder") and path.startswith(("encoder.layers.", TEXT_PREFIX))

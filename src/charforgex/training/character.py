@@ -28,18 +28,19 @@ from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, quiet, weights_hash
 from charforgex.generation.schedulers import check_scheduler_name
 from charforgex.lora.formats import save_verified
-from charforgex.lora.inject import adapter_parameters, inject, read_adapter
+from charforgex.lora.inject import adapter_parameters, inject, read_adapters
 from charforgex.lora.metadata import build
 from charforgex.training import report
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
 from charforgex.training.curves import draw_curves
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
+from charforgex.training.live import LiveText, adapt
 from charforgex.training.logs import StepLog, read_log
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
-from charforgex.training.optimizers import build_optimizer, schedule
+from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
 from charforgex.training.run import DEMO, Clock, Settings, data_options
 from charforgex.types import Components
 
@@ -81,6 +82,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         torch.set_num_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     check_scheduler_name(settings.sampling.scheduler)
+    device = choose_device(settings.trainer.accelerator)
+    check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
         check_compiler(choose_device(settings.trainer.accelerator))
     objective = bind(Objective, cfg.loss, "loss")
@@ -101,14 +104,17 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
 
     targets = settings.lora.targets
     targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
-    load_parts = loader(cfg, family, choose_device(settings.trainer.accelerator))
+    load_parts = loader(cfg, family, device)
     objective.check(family.process(load_parts([])))  # the scheduler alone
     parts = load_parts(["denoiser"])
     blocks = family.blocks(parts.denoiser)
     if settings.trainer.gradient_checkpointing:
         checkpoint_blocks(parts.denoiser, blocks, settings.trainer.gradient_checkpointing)
     adapted = inject(parts.denoiser, targets, settings.lora.rank, settings.lora.alpha, cfg.seed)
-    check_disk(run_dir, adapter_parameters(parts.denoiser), settings.trainer.keep)
+    live = LiveText(family, load_encoders(cfg, family, device, settings.text_encoder.lr is not None))
+    if settings.text_encoder.lr is not None:
+        adapted += adapt(live, settings.lora.rank, settings.lora.alpha, cfg.seed)
+    check_disk(run_dir, adapter_parameters(parts.denoiser) | live.parameters(), settings.trainer.keep)
 
     start_run(job, data, going_on)
     made = data.prepare(
@@ -120,7 +126,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         prompts=[*settings.evaluation.prompts, settings.sampling.negative],
         dtype=cfg.family.dtype,
     )
-    module = make_module(job, family, parts, objective, data)
+    module = make_module(job, family, parts, objective, data, live)
     show_plan(job, family, parts, objective, data, adapted, module, made)
 
     checkpoints = run_dir / "checkpoints"
@@ -195,14 +201,20 @@ def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
     return load_parts
 
 
+def load_encoders(cfg: DictConfig, family: Family, device: str, wanted: bool) -> Components:
+    """The CLIP encoders that the base has, with their tokenizers; nothing if they do not learn. T5 is never among them."""
+    names = [name for clip in family.clip_encoders for name in (clip, clip.replace("text_encoder", "tokenizer"))] if wanted else []
+    return load_components(family, cfg.family.source, names, DTYPES[cfg.family.dtype], device, cfg.family.tokenizer)
+
+
 def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
     """What identifies the encoders to the caches; nothing is loaded for it."""
     return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
 
 
 def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
-    """Raises ConfigError if checkpoints (weights, EMA and two optimizer moments each) and the run's files would not fit."""
-    needed = 4 * 4 * sum(p.numel() for p in parameters.values()) * (keep + 3) + SPARE_BYTES
+    """Raises ConfigError if checkpoints (weights, EMA and an optimizer's up to four moments) and the run's files would not fit."""
+    needed = 4 * 6 * sum(p.numel() for p in parameters.values()) * (keep + 3) + SPARE_BYTES
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -217,16 +229,20 @@ def start_run(job: Job, data: CharacterData, going_on: bool) -> None:
         runs.write_provenance(job.run_dir, seed=job.cfg.seed, dataset_sha256=data.dataset_hash, config_sha256=runs.config_hash(job.cfg))
 
 
-def make_module(job: Job, family: Family, parts: Components, objective: Objective, data: CharacterData) -> DenoiserModule:
-    s = job.settings
+def make_module(
+    job: Job, family: Family, parts: Components, objective: Objective, data: CharacterData, live: LiveText
+) -> DenoiserModule:  # fmt: skip
+    s, encoders = job.settings, live.parameters()
 
     def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
         micro = s.trainer.accumulate
         return StepLoader(data.train_dataloader(first_step * micro, (s.trainer.steps - first_step) * micro, rank, world), micro)
 
     return DenoiserModule(
-        family, parts.denoiser, family.process(parts), objective, adapter_parameters(parts.denoiser),
-        make_optimizer=lambda parameters: build_optimizer(s.optimizer.name, parameters, s.optimizer.lr, s.optimizer.weight_decay),
+        family, parts.denoiser, family.process(parts), objective, adapter_parameters(parts.denoiser) | encoders, live,
+        make_optimizer=lambda trainable: build_optimizer(
+            s.optimizer, trainable, lambda name: s.text_encoder.lr / s.optimizer.lr if name in encoders else 1.0
+        ),
         learning_rate=schedule(s.optimizer.schedule, s.trainer.steps, s.optimizer.warmup),
         seed=job.cfg.seed, grad_clip=s.optimizer.grad_clip, ema_decay=s.trainer.ema, make_loader=make_loader,
     )  # fmt: skip
@@ -239,6 +255,8 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -
     names = [name for name in family.components["text"] if name.startswith("tokenizer")]
     tokenizers = load_components(family, job.cfg.family.source, names, torch.float32, tokenizer=job.cfg.family.tokenizer)
     lines = report.objective_lines(family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable)
+    if module.live.networks:
+        lines.append(("text encoders", f"{', '.join(module.live.networks)} learn with lr {s.text_encoder.lr:g}"))
     report.show(job.console, "Objective", lines)
     report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
     grids = []
@@ -304,7 +322,8 @@ class Measuring:
         with job.console.status("measuring the base model"):
             self.knowing = Knowing(
                 family, parts, data, objective, get_embedder(job.settings.evaluation.embedder),
-                get_follower(job.settings.evaluation.follower), job.settings.evaluation, job.settings.sampling, others, job.cfg.seed,
+                get_follower(job.settings.evaluation.follower), job.settings.evaluation, job.settings.sampling, module.live, others,
+                job.cfg.seed,
             )  # fmt: skip
             self.anchors = self.knowing.anchors()
         self.history = [scores for scores in self._earlier() if scores.step <= module.step]
@@ -376,10 +395,10 @@ def finish(
         seed=job.cfg.seed, config_sha256=runs.config_hash(job.cfg), dataset_sha256=data.dataset_hash,
     )  # fmt: skip
     with module.averaged():
-        lora = read_adapter(parts.denoiser, family.denoiser_name)
+        lora = read_adapters({family.denoiser_name: parts.denoiser, **module.live.networks})
         files = {"kohya": run_dir / f"{job.cfg.name}.safetensors", "diffusers": run_dir / f"{job.cfg.name}_diffusers.safetensors"}
         for format, file in files.items():
-            save_verified(lora, file, format, family, parts.denoiser, metadata=metadata_of(lora))
+            save_verified(lora, file, format, family, parts.denoiser, metadata=metadata_of(lora), encoders=module.live.networks)
         pictures = measuring.knowing.draw()
     measuring.knowing.sheet(pictures, run_dir / "sheet.png", f"{job.cfg.name}: {job.character.trigger}")
     draw_curves(read_log(run_dir / "metrics.csv"), run_dir / "curves.png", best.step)

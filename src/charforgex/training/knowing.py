@@ -24,6 +24,7 @@ from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.sheets import contact_sheet
 from charforgex.lora.inject import without_adapter
 from charforgex.runs import replace_atomic
+from charforgex.training.live import LiveText
 from charforgex.training.blocks import uncompiled
 from charforgex.training.losses import Objective
 from charforgex.training.settings import EvaluationSettings
@@ -84,12 +85,13 @@ class Knowing:
         follower: Follower,
         settings: EvaluationSettings,
         sampling: SamplingSettings,
+        live: LiveText,
         others: Sequence[Image.Image] = (),
         seed: int = 0,
     ):
         self.family, self.parts, self.data, self.objective = family, parts, data, objective
         self.embedder, self.follower, self.settings, self.sampling = embedder, follower, settings, sampling
-        self.process = family.process(parts)
+        self.process, self.live = family.process(parts), live
         self.prompts = [prompt for prompt in settings.prompts for _ in range(settings.seeds)]
         self.seeds = [seed_of(seed, "evaluation", i) % 2**31 for i in range(len(self.prompts))]
         self.references = data.references()
@@ -104,15 +106,17 @@ class Knowing:
     @uncompiled
     def draw(self) -> list[Image.Image]:
         """The evaluation pictures by the denoiser as it stands."""
-        device = self.parts.denoiser.device
-        text = Text.stack([self.data.text(prompt) for prompt in self.prompts]).to(device)
-        negative = self.data.text(self.sampling.negative).to(device)
+        text, negative = self._text(self.prompts), self._text([self.sampling.negative])
         size = max(self.data.resolutions)
         return sample(
             self.family, self.parts, None, self.seeds, text=text, negative_text=negative, size=(size, size), steps=self.sampling.steps,
             guidance=self.sampling.guidance, true_guidance=self.sampling.true_guidance, scheduler=self.sampling.scheduler,
             batch_size=self.sampling.batch_size,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _text(self, prompts: Sequence[str]) -> Text:
+        return self.live.encode(prompts, self.data.encoded(prompts).to(self.parts.denoiser.device))
 
     def sheet(self, pictures: Sequence[Image.Image], path: Path, title: str) -> None:
         """References above, then the base model and the LoRA: the first picture of each prompt."""
@@ -134,10 +138,11 @@ class Knowing:
         """Mean loss over held-out pictures x fixed noise x noise levels in the middle of equal shares of [0, 1]."""
         device, total, count = self.parts.denoiser.device, 0.0, 0
         for batch in self.data.validation():
+            seen = self.live.batch(batch.to(device))
             for level in range(self.settings.times):
                 t_B = self.process.snap(torch.full((len(batch),), (level + 0.5) / self.settings.times))
                 key = ("validation", *batch.keys, level)
-                losses = self.objective.losses(self.family, self.parts.denoiser, self.process, batch.to(device), *key, t_B=t_B)
+                losses = self.objective.losses(self.family, self.parts.denoiser, self.process, seen, *key, t_B=t_B)
                 total, count = total + losses.sum().item(), count + len(losses)
         return total / count
 
@@ -158,7 +163,7 @@ class Knowing:
 
     def anchors(self) -> Anchors:
         """Measured with the adapter off, so they hold for the whole run."""
-        with without_adapter(self.parts.denoiser):
+        with without_adapter(self.parts.denoiser, *self.live.networks.values()):
             self.base_pictures = self.draw()
             validation = self.validation_loss()
         base = self._measure(self.base_pictures)

@@ -21,6 +21,7 @@ from charforgex.training.settings import (
     LoraSettings,
     OptimizerSettings,
     RunSettings,
+    TextEncoderSettings,
     TrainerSettings,
 )
 
@@ -35,6 +36,7 @@ class Settings:
     """Everything in `train.yaml` that can be judged without torch."""
 
     lora: LoraSettings
+    text_encoder: TextEncoderSettings
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     evaluation: EvaluationSettings
@@ -48,6 +50,7 @@ def check(cfg: DictConfig) -> Settings:
     registry.check(family.name)
     settings = Settings(
         lora=bind(LoraSettings, cfg.lora, "lora"),
+        text_encoder=bind(TextEncoderSettings, cfg.text_encoder, "text_encoder"),
         optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
         trainer=bind(TrainerSettings, cfg.trainer, "trainer"),
         evaluation=bind(EvaluationSettings, cfg.evaluation, "evaluation"),
@@ -66,12 +69,26 @@ def check(cfg: DictConfig) -> Settings:
         raise ConfigError(f"data.class_word={cfg.data.class_word} has no effect with loss.prior_weight=0; set loss.prior_weight=1.")
     if "pretrain" in cfg:
         refuse_for_pretraining(cfg)
+    refuse_together(settings, pretraining="pretrain" in cfg)
     return settings
+
+
+def refuse_together(settings: Settings, pretraining: bool) -> None:
+    """Raises ConfigError for settings of two groups that exclude each other."""
+    name = settings.optimizer.name
+    if name == "muon" and not pretraining:
+        raise ConfigError("optimizer=muon turns whole weights, not a LoRA's thin factors; it is for pretrain. Use adamw or prodigy.")
+    if name == "schedule_free" and settings.trainer.ema:
+        raise ConfigError(f"trainer.ema={settings.trainer.ema:g} would average what schedule_free averages already; set trainer.ema=0.")
 
 
 def refuse_for_pretraining(cfg: DictConfig) -> None:
     """Raises ConfigError for what only the training of an adapter on a character's pictures has a use for."""
-    asked = {"loss.prior_weight": cfg.loss.prior_weight, "data.regularisation.source": cfg.data.regularisation.source}
+    asked = {
+        "loss.prior_weight": cfg.loss.prior_weight,
+        "data.regularisation.source": cfg.data.regularisation.source,
+        "text_encoder.lr": cfg.text_encoder.lr,
+    }
     for name, value in asked.items():
         if value:
             raise ConfigError(f"{name}={value} has no effect with pretrain, which trains the base models themselves; leave it out.")
