@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from charforgex.errors import LoraError
 from charforgex.families.sdxl import Sdxl
-from charforgex.lora import formats
+from charforgex.lora import formats, names
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.state import Lora, LoraLayer
 
@@ -26,7 +26,7 @@ def text_layers(alpha=3.0):
     generator = torch.Generator().manual_seed(2)
     layers = {}
     for component in ("text_encoder", "text_encoder_2"):
-        for module in formats.TEXT_MODULES:
+        for module in names.CLIP_MODULES:
             wide, narrow = (37, 32) if module == "mlp.fc1" else (32, 37) if module == "mlp.fc2" else (32, 32)
             down, up = torch.randn(2, narrow, generator=generator), torch.randn(wide, 2, generator=generator) * 0.1
             layers[f"{component}.text_model.encoder.layers.0.{module}"] = LoraLayer(down, up, alpha)
@@ -46,10 +46,15 @@ def same(one: Lora, other: Lora) -> bool:
 # ---- names ----
 
 
+def kohya_names(family):
+    """Our name -> kohya's, for the real SDXL."""
+    return {ours: theirs for theirs, ((ours, _),) in names.Names(family, REAL).table("kohya").items()}
+
+
 def test_kohya_names_of_the_real_sdxl(family):
-    names = formats.kohya_names(family, REAL)
+    kohya = kohya_names(family)
     default = {
-        ours: theirs for ours, theirs in names.items() if ours.startswith("unet.") and ours.endswith(tuple(f".{t}" for t in KOHYA_DEFAULT))
+        ours: theirs for ours, theirs in kohya.items() if ours.startswith("unet.") and ours.endswith(tuple(f".{t}" for t in KOHYA_DEFAULT))
     }
     assert len(default) == 722  # "create LoRA for U-Net: 722 modules", as sd-scripts logs it
     shape = r"lora_unet_(input_blocks_[4578]_1|middle_block_1|output_blocks_[0-5]_1)_(proj_in|proj_out|transformer_blocks_\d_\w+)"
@@ -71,21 +76,21 @@ def test_kohya_names_of_the_real_sdxl(family):
         "text_encoder.text_model.encoder.layers.11.self_attn.q_proj": "lora_te1_text_model_encoder_layers_11_self_attn_q_proj",
         "text_encoder_2.text_model.encoder.layers.31.mlp.fc1": "lora_te2_text_model_encoder_layers_31_mlp_fc1",
     }
-    assert {ours: names[ours] for ours in known} == known
+    assert {ours: kohya[ours] for ours in known} == known
 
 
 def test_every_name_stands_in_the_real_checkpoint(family):
     """kohya's trainer names its layers after the modules of the single-file checkpoint, with underscores."""
     keys = json.loads(CHECKPOINT.read_text())
-    names = family.lora_names(REAL)
-    assert {f"model.diffusion_model.{theirs}.weight" for theirs in names.values()} <= keys.keys()
+    places = family.lora_names(REAL)
+    assert {f"model.diffusion_model.{place.path}.weight" for place in places.values()} <= keys.keys()
     weights = [key for key, shape in keys.items() if key.startswith("model.diffusion_model.") and key.endswith("weight") and len(shape) > 1]
-    assert len(names) == len(weights) == 794
+    assert len(places) == len(weights) == 794
 
 
 def test_real_size_files_load_in_diffusers_without_a_key_left(family):
     """diffusers' own conversion of our kohya keys at SDXL's real size gives back exactly our module paths."""
-    paths = [ours for ours in formats.kohya_names(family, REAL) if ours.startswith("unet.") and ours.endswith(tuple(KOHYA_DEFAULT))]
+    paths = [ours for ours in kohya_names(family) if ours.startswith("unet.") and ours.endswith(tuple(KOHYA_DEFAULT))]
     lora = Lora({path: LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0) for path in paths})
     tensors = formats.to_tensors(lora, "kohya", family, REAL, torch.float16)
     assert len(tensors) == 3 * 722
@@ -118,13 +123,13 @@ def test_round_trip_is_identical(family, parts, lora, tmp_path, format, dtype):
 def test_formats_convert_into_each_other(family, parts, lora, tmp_path):
     lora = Lora(lora.layers | text_layers())
     config = parts.denoiser.config
-    for i, format in enumerate(["diffusers", "kohya", "diffusers"]):
+    for i, format in enumerate(["diffusers", "kohya", "comfyui", "diffusers"]):
         path = tmp_path / f"{i}.safetensors"
         formats.write(lora, path, format, family, config)
         lora = formats.read(path, family, config)
         with safe_open(path, "pt") as file:
             assert (formats.ADAPTER_METADATA in file.metadata()) == (format == "diffusers")  # diffusers refuses it beside alphas
-    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "3.safetensors").read_bytes()
 
 
 def test_kohya_files_with_diffusers_block_names_are_read(family, parts, lora, tmp_path):
@@ -158,7 +163,7 @@ class Warnings(diffusers_logging.logging.Handler):
         self.messages.append(record.getMessage())
 
 
-@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", ["alpha is not rank", "mixed", "convolutions", "with text encoders"])
 def test_diffusers_loads_our_files_and_computes_the_same(family, parts, trained, predict, tmp_path, format, kind):
     if kind == "convolutions":
@@ -228,10 +233,10 @@ def test_whole_pictures_are_equal(family, parts, lora, tmp_path):
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_leftover_keys_are_counted_and_named(family, parts, lora, tmp_path, format):
     tensors = formats.to_tensors(lora, format, family, parts.denoiser.config, torch.float16)
-    stray = {"diffusers": "unet.down_blocks.9.x.lora_A.weight", "kohya": "lora_te3_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"}[
+    stray = {"diffusers": "unet.down_blocks.9.x.lora_A.weight", "kohya": "lora_te4_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"}[
         format
     ]
     tensors[stray] = torch.ones(1, 2)
@@ -252,8 +257,8 @@ def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
         formats.from_tensors(tensors | {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": tensors[key]}, {}, family, config)
     with pytest.raises(LoraError, match="DoRA cannot be read"):
         formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(8)}, {}, family, config)
-    settings = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
-    with pytest.raises(LoraError, match=r"unet\.use_rslora"):
+    settings = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
+    with pytest.raises(LoraError, match=r"unet\.use_dora"):
         formats.from_tensors(formats.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)
 
 
@@ -343,7 +348,7 @@ def test_useless_adapters_are_never_saved(family, parts, trained, tmp_path):
         next(iter(parameters.values()))[0, 0] = float("nan")
     with pytest.raises(LoraError, match=r"1 of \d+ layers hold values that are not finite: unet\."):
         formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "diffusers", family, parts.denoiser, torch.float32)
-    with pytest.raises(LoraError, match="choose diffusers or kohya"):
+    with pytest.raises(LoraError, match="choose diffusers, kohya, comfyui, ai-toolkit"):
         formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "pickle", family, parts.denoiser)
     assert path.read_bytes() == b"the last good one" and [p.name for p in tmp_path.iterdir()] == ["hero.safetensors"]
 
@@ -362,17 +367,20 @@ class Forgetful:
 
     def __init__(self, family, change):
         self.family, self.change, self.calls = family, change, 0
-        self.name, self.denoiser_name, self.kohya_prefixes = family.name, family.denoiser_name, family.kohya_prefixes
+        self.name, self.denoiser_name, self.components = family.name, family.denoiser_name, family.components
 
     def lora_names(self, config):
         self.calls += 1
-        names = self.family.lora_names(config)
-        return self.change(names) if self.calls > 1 else names
+        places = self.family.lora_names(config)
+        return self.change(places) if self.calls > 1 else places
+
+    def lora_dialects(self, config):
+        return {}
 
 
-def swap(names):
+def swap(places):
     one, two = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
-    return names | {one: names[two], two: names[one]}
+    return places | {one: places[two], two: places[one]}
 
 
 def test_a_file_that_comes_back_differently_is_not_kept(family, parts, lora, tmp_path):

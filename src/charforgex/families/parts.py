@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,22 @@ def build(family: Family, name: str, config: Mapping[str, Any]) -> nn.Module:
     """The network of a config, with random weights."""
     cls = component_class(family, name)
     return cls.from_config(dict(config)) if library(family, name) == "diffusers" else cls(cls.config_class(**config))
+
+
+def adaptable(family: Family, denoiser_config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """The weight's shape of each of the denoiser's modules that a LoRA can adapt, by path: the linear and convolutional ones."""
+    config = json.dumps(dict(denoiser_config), sort_keys=True, default=str)
+    return _adaptable(component_class(family, family.denoiser_name), config)
+
+
+@lru_cache(maxsize=8)
+def _adaptable(cls: type, config: str) -> Mapping[str, tuple[int, ...]]:
+    import torch
+
+    with torch.device("meta"):
+        denoiser = cls.from_config(json.loads(config))
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {path: tuple(module.weight.shape) for path, module in denoiser.named_modules() if isinstance(module, kinds)}
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

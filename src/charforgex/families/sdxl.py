@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +12,10 @@ from torch import Tensor
 from charforgex.errors import ConfigError
 from charforgex.families import sgm
 from charforgex.families.base import Family
+from charforgex.families.parts import adaptable
 from charforgex.families.process import Ddpm
 from charforgex.families.text import clip_states, seen, token_ids
+from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
 TARGETS = {
@@ -40,7 +40,6 @@ class Sdxl(Family):
     }
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     original: ClassVar = {"unet": sgm.unet, "vae": sgm.vae, "text_encoder": sgm.clip_l, "text_encoder_2": sgm.clip_g}
-    kohya_prefixes: ClassVar = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -110,8 +109,10 @@ class Sdxl(Family):
     def published(self, denoiser_config: Mapping[str, Any]) -> str:
         return "sdxl_base"
 
-    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-        return dict(_sgm_names(json.dumps(dict(denoiser_config), sort_keys=True, default=str)))
+    def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
+        paths = adaptable(self, denoiser_config)
+        original = {path: sgm.unet(f"{path}.weight", denoiser_config).key for path in paths}
+        return {path: Place(key.removeprefix(sgm.UNET).removesuffix(".weight")) for path, key in original.items()}
 
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         if preset not in TARGETS:
@@ -160,14 +161,3 @@ class Sdxl(Family):
         )
         facts = self.facts({name: modules[name].config for name in ("unet", "vae")})
         return finish(Components("tiny", self.denoiser_name, modules, {"force_zeros_for_empty_prompt": True} | facts))
-
-
-@lru_cache(maxsize=8)
-def _sgm_names(config: str) -> dict[str, str]:
-    """Of every linear and convolutional module in a UNet of this config (JSON), which is built without its weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(config))
-    paths = [path for path, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    return {path: sgm.unet(f"{path}.weight", unet.config).key.removeprefix(sgm.UNET).removesuffix(".weight") for path in paths}

@@ -47,13 +47,16 @@ class Stack:
 def read_stack(settings: Settings) -> Stack:
     """Reads every header and every LoRA, and loads no base model. Raises LoraError, ModelError or ConfigError."""
     from charforgex.families.loading import denoiser_config
-    from charforgex.lora.formats import read, read_metadata
+    from charforgex.lora import identify
+    from charforgex.lora.formats import read, read_header
 
     paths = settings.lora_paths()
-    metadata = {path: read_metadata(path) for path in paths}
+    headers = {path: read_header(path) for path in paths}
+    metadata = {path: header for path, (header, _) in headers.items()}
     if len(metadata) < len(paths):
         raise LoraError(f"lora={list(map(str, paths))} names a file twice; name it once with the sum of its strengths.")
-    family = get(_family_name(settings, metadata))
+    said = {path: family_of(header) or identify.family_of(shapes) for path, (header, shapes) in headers.items()}
+    family = get(_family_name(settings, said))
     base, said_by = _base(settings, metadata)
     try:
         bare = family.load(base, only=())
@@ -85,8 +88,7 @@ def family_of(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-def _family_name(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> str:
-    said = {path: family_of(header) for path, header in metadata.items()}
+def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
     known = {path: name for path, name in said.items() if name is not None}
     if settings.family is not None:
         for path, name in known.items():
@@ -97,8 +99,8 @@ def _family_name(settings: Settings, metadata: Mapping[Path, Mapping[str, str]])
         raise LoraError(f"the LoRAs are for different families: {', '.join(f'{path} for {name}' for path, name in known.items())}.")
     if known:
         return next(iter(known.values()))
-    if metadata:
-        raise ConfigError(f"{next(iter(metadata))} does not say which family it is for; say family=<one of {', '.join(FAMILIES)}>.")
+    if said:
+        raise ConfigError(f"{next(iter(said))} does not say which family it is for; say family=<one of {', '.join(FAMILIES)}>.")
     return DEFAULT_FAMILY
 
 

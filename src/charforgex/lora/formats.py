@@ -1,7 +1,10 @@
 """LoRA files: reading, writing, and saving with proof that the file is right.
 
-diffusers   `unet.<path>.lora_A.weight`, `.lora_B.weight`; alpha in the header's `lora_adapter_metadata`
-kohya       `lora_unet_<SGM path with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`: ComfyUI, A1111, Forge
+diffusers    `unet.<path>.lora_A.weight`, `.lora_B.weight`; alpha in the header's `lora_adapter_metadata`
+kohya        `lora_unet_<original path with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`: ComfyUI, A1111, Forge
+comfyui      `diffusion_model.<original path>.lora_down.weight`, ...: ComfyUI's own names
+ai-toolkit   as diffusers without the header: alpha is the rank, so the strength goes into lora_B
+xlabs        `double_blocks.0.processor.qkv_lora1.down.weight`, ...: attention of Flux alone, alpha is the rank
 
 Every key of a file is accounted for: what is left over is a LoraError that names it. Only safetensors are read, never pickles.
 """
@@ -10,116 +13,78 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from charforgex.errors import LoraError
+from charforgex.lora.identify import family_of, identify
 from charforgex.lora.inject import TEXT_PREFIX, same_output
+from charforgex.lora.joined import alike, join, split, swap_halves
+from charforgex.lora.names import Names, Parts, Spelling, Table
 from charforgex.lora.state import Lora, LoraLayer, some
 from charforgex.runs import replace_atomic
 
-FORMATS = ("diffusers", "kohya")
-SIDES = {  # how a format's keys end
-    "diffusers": {".lora_A.weight": "down", ".lora_B.weight": "up", ".alpha": "alpha"},
-    "kohya": {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"},
+
+@dataclass(frozen=True)
+class Format:
+    """How a format's keys end. Without an `alpha` of its own, and without a header, alpha is the rank."""
+
+    down: str
+    up: str
+    alpha: str | None = None
+    header: bool = False
+
+
+FORMATS = {  # of every family and layer
+    "diffusers": Format(".lora_A.weight", ".lora_B.weight", header=True),
+    "kohya": Format(".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "comfyui": Format(".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
+WRITTEN = FORMATS | {"ai-toolkit": Format(".lora_A.weight", ".lora_B.weight"), "xlabs": Format(".down.weight", ".up.weight")}
+SIDES = {  # how the keys end that are read, whatever the names
+    ".lora_A.weight": "down", ".lora_A.default.weight": "down", ".lora_down.weight": "down", ".down.weight": "down",
+    ".lora_B.weight": "up", ".lora_B.default.weight": "up", ".lora_up.weight": "up", ".up.weight": "up",
+    ".alpha": "alpha",
+}  # fmt: skip
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' and peft's settings, as JSON; diffusers refuses it in kohya files
-TEXT_MODULES = [*(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2"]
-TEXT_LAYERS = 32  # of the deepest CLIP text encoder, OpenCLIP bigG; whether the loaded one has a layer is checked on loading
-
-
-class Spelling(Protocol):
-    """What a Family tells about the names in its LoRA files."""
-
-    name: str
-    denoiser_name: str
-    kohya_prefixes: Mapping[str, str]
-
-    def lora_names(self, denoiser_config: Mapping[str, Any]) -> dict[str, str]: ...
-
-
-# ---- names ----
-
-
-def kohya_names(family: Spelling, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-    """Every module that can be adapted, as in `Lora.layers`, to its name in a kohya file."""
-    names = {}
-    for component, prefix in family.kohya_prefixes.items():
-        if component == family.denoiser_name:
-            spelled = family.lora_names(denoiser_config)
-        else:
-            spelled = [f"{TEXT_PREFIX}encoder.layers.{i}.{module}" for i in range(TEXT_LAYERS) for module in TEXT_MODULES]
-            spelled = {path: path for path in spelled}
-        names |= {f"{component}.{path}": f"{prefix}_{other.replace('.', '_')}" for path, other in spelled.items()}
-    assert len(set(names.values())) == len(names), "two modules share a kohya name"
-    return names
-
-
-def _readable(format: str, family: Spelling, denoiser_config: Mapping[str, Any]) -> dict[str, str]:
-    """Every module name that a file may hold, to the one in `Lora.layers`."""
-    kohya = kohya_names(family, denoiser_config)
-    readable = {}
-    for ours, theirs in kohya.items():
-        component, _, path = ours.partition(".")
-        bare = path.removeprefix(TEXT_PREFIX)  # as transformers 5 spells CLIPTextModel
-        if format == "diffusers":
-            readable |= {ours: ours, f"{component}.{bare}": ours}
-        else:  # some tools flatten diffusers' own paths
-            flat = [f"{family.kohya_prefixes[component]}_{name.replace('.', '_')}" for name in (path, bare)]
-            readable |= dict.fromkeys((theirs, *flat), ours)
-    return readable
-
-
-def identify(keys: Iterable[str]) -> str:
-    """The format of a file with these keys. Raises LoraError if it is none that can be read."""
-    keys = list(keys)
-    for format, sides in SIDES.items():
-        if any(key.endswith(side) for key in keys for side in sides if side != ".alpha"):
-            return format
-    guess = ""
-    if any("hada_" in key or "lokr_" in key for key in keys):
-        guess = " They look like LyCORIS LoHa or LoKr, which cannot be read."
-    elif any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
-        guess = " They look like a whole checkpoint, not an adapter."
-    raise LoraError(f"None of the {len(keys)} keys is a LoRA's in diffusers or kohya format: {some(keys)}.{guess}")
 
 
 # ---- reading ----
 
 
 def read(path: str | Path, family: Spelling, denoiser_config: Mapping[str, Any]) -> Lora:
-    """A `.safetensors` LoRA of either format, in float32. A missing alpha means alpha = rank.
+    """A `.safetensors` LoRA of any format, in float32. A missing alpha means alpha = rank.
 
     Raises LoraError if the file is unreadable, of an unknown format, or has keys that are left over.
     """
-    tensors, metadata = _load(Path(path))
+    with _opened(Path(path)) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     try:
         return from_tensors(tensors, metadata, family, denoiser_config)
     except LoraError as error:
         raise LoraError(f"{path}: {error}") from error
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata in a LoRA file's header; no tensor is read. Raises LoraError if it is no LoRA file that can be read."""
+def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """A LoRA file's metadata, and its shapes by key; no tensor is read. Raises LoraError if it is no LoRA file that can be read."""
     path = Path(path)
     with _opened(path) as file:
-        try:
-            identify(file.keys())
-        except LoraError as error:
-            raise LoraError(f"{path}: {error}") from error
-        return dict(file.metadata() or {})
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
+    try:
+        identify(shapes)
+    except LoraError as error:
+        raise LoraError(f"{path}: {error}") from error
+    return metadata, shapes
 
 
 @contextmanager
@@ -139,64 +104,93 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Spelling, denoiser_config: Mapping[str, Any]) -> Lora:
     """`read` for a file that is in memory."""
-    format = identify(tensors)
-    readable = _readable(format, family, denoiser_config)
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    identify(tensors)
+    readable = Names(family, denoiser_config).readable()
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by name in the file
     left_over = []
     for key, tensor in tensors.items():
-        end = next((end for end in SIDES[format] if key.endswith(end)), None)
-        name = readable.get(key.removesuffix(end)) if end else None
-        if name is None:
+        end = next((end for end in SIDES if key.endswith(end)), None)
+        module = key.removesuffix(end) if end else key
+        if end is None or module not in readable:
             left_over.append(key)
-        elif SIDES[format][end] in found[name]:
-            raise LoraError(f"{name} is there twice under two spellings, one of them {key}.")
+        elif SIDES[end] in found[module]:
+            raise LoraError(f"{_said(readable[module])} is there twice under two spellings, one of them {key}.")
         else:
-            found[name][SIDES[format][end]] = tensor
+            found[module][SIDES[end]] = tensor
+    left_over = [key for key in left_over if not (key.endswith((".diff", ".diff_b")) and not tensors[key].any())]  # they change nothing
     if left_over:
-        dora = " DoRA cannot be read." if any("dora_scale" in key or "lora_magnitude" in key for key in left_over) else ""
         raise LoraError(
-            f"{len(left_over)} of {len(tensors)} keys belong to no module of this {family.name} model: {some(left_over)}.{dora}"
+            f"{len(left_over)} of {len(tensors)} keys belong to no module of this {family.name} model: {some(left_over)}."
+            f"{_hint(tensors, left_over, family)}"
         )
-    incomplete = [name for name, sides in found.items() if not {"down", "up"} <= sides.keys()]
+    spelled: dict[str, str] = {}
+    for module in found:
+        for name, _ in readable[module]:
+            if spelled.setdefault(name, module) != module:
+                raise LoraError(f"{name} is there twice under two spellings, {spelled[name]} and {module}.")
+    incomplete = [_said(readable[module]) for module, sides in found.items() if not {"down", "up"} <= sides.keys()]
     if incomplete:
         raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
 
-    said = _said_alphas(metadata, found)
-    return Lora({name: _layer(name, sides, said.get(name)) for name, sides in found.items()}, dict(metadata))
+    ranks = {name: found[module]["down"].shape[0] for name, module in spelled.items() if found[module]["down"].ndim}
+    said = _said_alphas(metadata, ranks)
+    layers = {}
+    for module, sides in found.items():
+        layers |= _layers(readable[module], sides, said)
+    return Lora(layers, dict(metadata))
 
 
-def _layer(name: str, sides: Mapping[str, Tensor], said_alpha: float | None) -> LoraLayer:
+def _said(parts: Parts) -> str:
+    return " + ".join(name for name, _ in parts)
+
+
+def _hint(tensors: Mapping[str, Tensor], left_over: list[str], family: Spelling) -> str:
+    looks = family_of({key: tensor.shape for key, tensor in tensors.items()})
+    if looks not in (None, family.name):
+        return f" It looks like a LoRA of {looks}."
+    return " DoRA cannot be read." if any("dora_scale" in key or "lora_magnitude" in key for key in left_over) else ""
+
+
+def _layers(parts: Parts, sides: Mapping[str, Tensor], said_alphas: Mapping[str, float]) -> dict[str, LoraLayer]:
+    """What one name of the file stands for, by our names."""
     down, up, alpha = sides["down"], sides["up"], sides.get("alpha")
     if alpha is not None and alpha.numel() != 1:
-        raise LoraError(f"{name} has an alpha of {alpha.numel()} values; it must be one.")
+        raise LoraError(f"{_said(parts)} has an alpha of {alpha.numel()} values; it must be one.")
+    (name, place), *others = parts
     if alpha is None:
-        alpha = said_alpha if said_alpha is not None else down.shape[0] if down.ndim else 1
+        alpha = said_alphas[name] if not others and name in said_alphas else down.shape[0] if down.ndim else 1
     try:
-        return LoraLayer(down.float(), up.float(), float(alpha))
+        layer = LoraLayer(down.float(), up.float(), float(alpha))
+        if place.rows is None:
+            return {name: swap_halves(layer) if place.swapped else layer}
+        layers = split(layer, [place.rows for _, place in parts])
     except LoraError as error:
-        raise LoraError(f"{name}: {error}") from error
+        raise LoraError(f"{_said(parts)}: {error}") from error
+    return {name: layer for (name, _), layer in zip(parts, layers, strict=True) if layer is not None}
 
 
-def _said_alphas(metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, float]:
+def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
     """Alphas by layer as diffusers' header gives them: one for each component, and patterns for exceptions."""
     if ADAPTER_METADATA not in metadata:
         return {}
     try:
         settings = json.loads(metadata[ADAPTER_METADATA])
-        unreadable = [key for key, value in settings.items() if value and key.endswith((".use_rslora", ".use_dora", ".lora_bias"))]
+        unreadable = [key for key, value in settings.items() if value and key.endswith((".use_dora", ".lora_bias"))]
         if unreadable:
             raise LoraError(f"It was trained with {some(unreadable)}, which cannot be read.")
         components = {key.removesuffix(".lora_alpha"): value for key, value in settings.items() if key.endswith(".lora_alpha")}
         patterns = {component: settings.get(f"{component}.alpha_pattern") or {} for component in components}
         compiled = {component: [(re.compile(rf"(.*\.)?({key})$"), key) for key in patterns[component]] for component in components}
         alphas = {}
-        for name in names:
+        for name, rank in ranks.items():
             component, _, path = name.partition(".")
             if component in components:
                 # peft's rule: the first pattern that fits the end of the path. Most patterns are the path itself.
                 bare, said = path.removeprefix(TEXT_PREFIX), patterns[component]
                 key = bare if bare in said else next((key for pattern, key in compiled[component] if pattern.match(path)), None)
                 alphas[name] = float(components[component] if key is None else said[key])
+                if settings.get(f"{component}.use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)
+                    alphas[name] *= math.sqrt(rank)
         return alphas
     except (ValueError, TypeError, AttributeError, re.error) as error:
         if isinstance(error, LoraError):
@@ -220,40 +214,70 @@ def write(
     return Path(path)
 
 
-def _write(lora, path, format, family, denoiser_config, dtype, metadata) -> None:
-    tensors = to_tensors(lora, format, family, denoiser_config, dtype)
+def _write(lora, path, format, family, denoiser_config, dtype, metadata) -> Lora:
+    stored, table = _stored(lora, format, family, denoiser_config, dtype)
     metadata = dict(lora.metadata if metadata is None else metadata)
     metadata.pop(ADAPTER_METADATA, None)
-    if format == "diffusers":
-        metadata[ADAPTER_METADATA] = json.dumps(_adapter_metadata(lora), sort_keys=True)
-    header, data = _serialised(tensors, metadata)
+    if WRITTEN[format].header:
+        metadata[ADAPTER_METADATA] = json.dumps(_adapter_metadata(stored), sort_keys=True)
+    header, data = _serialised(_tensors(stored, format, table, dtype), metadata)
     with path.open("wb") as file:
         file.write(header)
         file.write(data)
+    return stored
 
 
 def to_tensors(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file by key. Alphas are float32, so that no rounding changes the strength."""
-    if format not in FORMATS:
-        raise LoraError(f"The LoRA format {format} is unknown; choose {' or '.join(FORMATS)}.")
+    """The tensors of a file by key. Alphas are float32, or float64 where that would round them, so that the strength stays."""
+    stored, table = _stored(lora, format, family, denoiser_config, dtype)
+    return _tensors(stored, format, table, dtype)
+
+
+def _stored(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Lora, Table]:
+    """The adapter as the format holds it, in values that are not rounded yet, and the names of its modules there.
+
+    The change is the same. Where the format has no alpha, it is the rank; layers that are joined have one alpha and rank.
+    """
+    names = Names(family, denoiser_config)
+    if format not in FORMATS and format not in ("ai-toolkit", *names.dialects):
+        raise LoraError(f"{family.name} has no LoRA format {format}; choose {', '.join([*FORMATS, 'ai-toolkit', *names.dialects])}.")
+    if lora.kinds() not in ([], ["lora"]):
+        raise LoraError(f"Of {' and '.join(lora.kinds())}, only lora can be written.")
     lora.check()
+    table = names.table(format)
+    known = {name for parts in table.values() for name, _ in parts}
+    unknown = [name for name in lora.layers if name not in known]
+    if unknown:
+        where = f"have no place in the format {format}" if format in names.dialects else f"are on no module of this {family.name} model"
+        raise LoraError(f"{len(unknown)} of {len(lora)} layers {where}: {some(unknown)}.")
+    layers = dict(lora.layers)
+    if WRITTEN[format].alpha is None and not WRITTEN[format].header:
+        layers = {name: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank)) for name, layer in layers.items()}
+    for parts in table.values():
+        if present := [name for name, _ in parts if name in layers]:
+            layers |= dict(zip(present, alike([layers[name] for name in present]), strict=True))
+    stored = replace(lora, layers=layers)
     try:
-        lora.rounded(dtype).check()
+        stored.rounded(dtype).check()
     except LoraError as error:
         raise LoraError(f"The adapter does not fit into {dtype}; save it in float32 or bfloat16. {error}") from error
-    names = kohya_names(family, denoiser_config)
-    unknown = [name for name in lora.layers if name not in names]
-    if unknown:
-        raise LoraError(f"{len(unknown)} of {len(lora)} layers are on no module of this {family.name} model: {some(unknown)}.")
-    tensors = {}
-    for name, layer in lora.layers.items():
-        factors = {"down": layer.down, "up": layer.up}
-        module = name if format == "diffusers" else names[name]
-        for end, side in SIDES[format].items():
-            if side in factors:
-                tensors[module + end] = factors[side].detach().to("cpu", dtype).contiguous()
-            elif format == "kohya":
-                tensors[module + end] = torch.tensor(layer.alpha, dtype=torch.float32)
+    return stored, table
+
+
+def _tensors(stored: Lora, format: str, table: Table, dtype: torch.dtype) -> dict[str, Tensor]:
+    ends, tensors = WRITTEN[format], {}
+    for module, parts in table.items():
+        layers = [stored.layers.get(name) for name, _ in parts]
+        if not any(layers):
+            continue
+        place = parts[0][1]
+        layer = layers[0] if place.rows is None else join(layers, [place.rows for _, place in parts])
+        layer = swap_halves(layer) if place.swapped else layer
+        tensors[module + ends.down] = layer.down.detach().to("cpu", dtype).contiguous()
+        tensors[module + ends.up] = layer.up.detach().to("cpu", dtype).contiguous()
+        if ends.alpha:
+            alpha = torch.tensor(layer.alpha, dtype=torch.float32)
+            tensors[module + ends.alpha] = alpha if alpha.item() == layer.alpha else torch.tensor(layer.alpha, dtype=torch.float64)
     return tensors
 
 
@@ -316,26 +340,35 @@ def save_verified(
 ) -> Path:  # fmt: skip
     """Saves a trained adapter, or raises LoraError and leaves `path` as it was.
 
-    `denoiser`, and text `encoders` by component, hold the adapter that was trained; `lora` is a copy of it, or its moving average. Before the file gets its
-    name it is read back: every layer must be there with the values that `dtype` can hold, and, put into peft layers by
-    the code that generation uses, must give the very outputs of the trained layers. The denoiser is left as it was.
+    `denoiser`, and text `encoders` by component, hold the adapter that was trained; `lora` is a copy of it, or its moving
+    average. Before the file gets its name it is read back: every layer must be there with the values that `dtype` can hold, and,
+    put into peft layers by the code that generation uses, must give the very outputs of the trained layers. Layers that the
+    format holds in other factors, because it has no alpha for them, must make the same change but for the rounding. The
+    networks are left as they were.
     """
-    expected = lora.rounded(dtype)
     with replace_atomic(path) as temporary:
-        _write(lora, temporary, format, family, denoiser.config, dtype, metadata)
-        reloaded = read(temporary, family, denoiser.config)
+        stored = _write(lora, temporary, format, family, denoiser.config, dtype, metadata)
+        expected, reloaded = stored.rounded(dtype), read(temporary, family, denoiser.config)
         if missing := set(expected.layers) ^ set(reloaded.layers):
             raise LoraError(f"{path} was not saved: {len(missing)} of {len(lora)} layers do not come back: {some(sorted(missing))}.")
         if changed := [name for name, layer in expected.layers.items() if not layer.equals(reloaded.layers[name])]:
             raise LoraError(f"{path} was not saved: {len(changed)} of {len(lora)} layers come back changed: {some(changed)}.")
+        restated = [name for name, layer in lora.layers.items() if not layer.equals(stored.layers[name])]
         trained = {family.denoiser_name: denoiser, **(encoders or {})}
         if strangers := set(lora.components()) ^ set(trained):
             raise LoraError(f"{path} was not saved: only one of the adapter and what was trained has {some(sorted(strangers))}.")
         differing = [
             f"{component}.{name}"
             for component, network in trained.items()
-            for name in same_output(network, component, expected, reloaded)
+            for name in same_output(network, component, lora.rounded(dtype), reloaded)
         ]
+        differing = [name for name in differing if name not in restated or not _near(lora.layers[name], reloaded.layers[name], dtype)]
         if differing:
             raise LoraError(f"{path} was not saved: {len(differing)} layers give other outputs when loaded: {some(differing)}.")
     return Path(path)
+
+
+def _near(one: LoraLayer, other: LoraLayer, dtype: torch.dtype) -> bool:
+    """Whether two layers of other factors make the same change, up to a rounding of the factors to `dtype`."""
+    expected = one.delta()
+    return bool((other.delta() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm())

@@ -1,0 +1,83 @@
+"""What a LoRA file is, told from its keys and shapes alone: its format, and the family of base models that it is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from charforgex.errors import LoraError
+from charforgex.lora.state import some
+
+DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".down.weight")
+FLAT = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
+SDXL_TEXT, OTHER_UNETS_TEXT = 2048, (768, 1024)  # width of what the UNet's second attentions read: SDXL; Stable Diffusion 1 and 2
+FLUX_BLOCKS = {"double": 19, "single": 38}  # HunyuanVideo has names of Flux and 20 and 40 blocks
+FLUX_WIDTH, SD3_WIDTHS = 3072, (1536, 2432)  # of Flux; of SD3 and SD3.5 medium, and of SD3.5 large
+
+
+def identify(keys: Iterable[str]) -> str:
+    """The format of a file with these keys. Raises LoraError if it is none that can be read.
+
+    ai-toolkit's is "diffusers": only the header tells them apart.
+    """
+    keys = list(keys)
+    adapted = [key for key in keys if key.endswith(DOWN)]
+    if any(re.search(r"(double|single)_blocks\.\d+\.processor\.", key) for key in adapted):
+        return "xlabs"
+    if any(key.startswith(FLAT) for key in adapted):
+        return "kohya"
+    if any(key.startswith(("diffusion_model.", "text_encoders.")) for key in adapted):
+        return "comfyui"
+    if adapted:
+        return "diffusers"
+    guess = ""
+    if any("hada_" in key or "lokr_" in key for key in keys):
+        guess = " They look like LyCORIS LoHa or LoKr, which cannot be read."
+    elif any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
+        guess = " They look like a whole checkpoint, not an adapter."
+    raise LoraError(f"None of the {len(keys)} keys is a LoRA's in a format that can be read: {some(keys)}.{guess}")
+
+
+def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The family whose LoRA has these keys and shapes: "sdxl", "flux" or "sd3", and None where that is not certain."""
+    names = {re.sub(r"[._]", "_", key): shape for key, shape in shapes.items()}  # kohya's names and dotted ones alike
+    if any("joint_blocks_" in name for name in names):
+        return "sd3"
+    if any(re.search(r"(^|_)(double|single)_blocks_\d", name) for name in names) or any("single_transformer_blocks_" in n for n in names):
+        return "flux" if _is_flux(names) else None
+    if any(re.search(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_", name) for name in names) and not _is_unet(
+        names
+    ):
+        widths = {shape[1] for name, shape in names.items() if _is_down(name) and re.search(r"_attn2?_(to_q|add_q_proj)_", name)}
+        if widths and widths <= set(SD3_WIDTHS):
+            return "sd3"
+        return "flux" if widths == {FLUX_WIDTH} and _is_flux(names) else None
+    if _is_unet(names):
+        return "sdxl" if _is_sdxl(names) else None
+    return None
+
+
+def _is_down(name: str) -> bool:
+    return name.endswith(tuple(end.replace(".", "_") for end in DOWN))
+
+
+def _is_flux(names: Mapping[str, Sequence[int]]) -> bool:
+    for kind, count in FLUX_BLOCKS.items():
+        pattern = r"(?<!single_)transformer_blocks_(\d+)_" if kind == "double" else r"single_transformer_blocks_(\d+)_"
+        found = [re.search(rf"{kind}_blocks_(\d+)_|{pattern}", name) for name in names]
+        if any(match and int(match[1] or match[2]) >= count for match in found):
+            return False
+    return not any("stream_modulation" in name for name in names)  # FLUX.2's
+
+
+def _is_unet(names: Mapping[str, Sequence[int]]) -> bool:
+    return any(re.search(r"(^|_)((input|output|middle)_blocks?|(down|up|mid)_blocks?)_", name) for name in names)
+
+
+def _is_sdxl(names: Mapping[str, Sequence[int]]) -> bool:
+    """Stable Diffusion 1 and 2 have UNets of the same names, but one transformer block everywhere, narrower text, and one encoder."""
+    widths = {shape[1] for name, shape in names.items() if _is_down(name) and re.search(r"_attn2_to_[kv]_", name)}
+    if widths & {*OTHER_UNETS_TEXT}:
+        return False
+    second_encoder = any(name.startswith(("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_")) for name in names)
+    return second_encoder or SDXL_TEXT in widths or any(re.search(r"_transformer_blocks_[1-9]", name) for name in names)
