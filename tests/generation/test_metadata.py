@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from charforgex.generation.metadata import LoraUse, Recipe, parameters, read_recipe, save_png
 
@@ -49,6 +50,24 @@ def test_without_negative_loras_or_a_single_file():
     assert (prompt, negative) == (r"zqx, smiling \(happy\), at the beach", "")
     assert not {"Lora hashes", "Model hash", "Schedule type"} & values.keys()
     assert values["Model"] == "charworld" and values["CFG Rescale phi"] == "0.7"
+
+
+def test_the_two_guidances_of_flux_have_the_names_of_forge():
+    _, _, values = parsed(parameters(replace(RECIPE, guidance=3.5, true_guidance=2.0, scheduler_class="FlowMatchEulerDiscreteScheduler")))
+    assert (values["CFG scale"], values["Distilled CFG Scale"], values["Sampler"]) == ("2", "3.5", "Euler")
+    assert "Distilled CFG Scale" not in parsed(parameters(RECIPE))[2]
+
+
+def test_pictures_of_earlier_versions_are_read(tmp_path):
+    """They knew no true guidance."""
+    path = save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", RECIPE)
+    with Image.open(path) as image:
+        values = json.loads(image.text["charforgex"])
+    del values["true_guidance"]
+    info = PngInfo()
+    info.add_text("charforgex", json.dumps(values))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    assert read_recipe(path) == RECIPE
 
 
 def test_png_carries_both_and_the_recipe_comes_back(tmp_path):

@@ -14,11 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import charforgex
 from charforgex import cli
+from charforgex.config import bind, compose, conf_folder
 from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.families.registry import get
 from charforgex.families.sdxl import Sdxl
+from charforgex.families.settings import FamilySettings
 from charforgex.generation.metadata import read_recipe
 from charforgex.generation.report import _layout
 from charforgex.generation.settings import Settings
+from charforgex.generation.stack import _recipe
 from charforgex.lora import formats, metadata
 from charforgex.lora.state import Lora, LoraLayer
 
@@ -41,20 +45,34 @@ def weightless(base, tmp_path_factory):
     return folder
 
 
-def lora_file(path, base, trigger="zqx", seed=0, **headers):
-    unet = FAMILY.tiny().denoiser
+@pytest.fixture(scope="module")
+def flow_bases(tmp_path_factory):
+    """Of Flux and SD3, whole and without weights."""
+    found = {}
+    for name in ("flux", "sd3"):
+        family, folder = get(name), tmp_path_factory.mktemp(name) / "tiny-base"
+        family.pipeline(family.tiny()).save_pretrained(folder)
+        bare = folder.with_name("weightless")
+        shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+        found[name] = folder, bare
+    return found
+
+
+def lora_file(path, base, trigger="zqx", seed=0, family=FAMILY, **headers):
+    denoiser = family.tiny().denoiser
     draw = torch.Generator().manual_seed(seed)
     layers = {
-        f"unet.{name}": LoraLayer(
+        f"{family.denoiser_name}.{name}": LoraLayer(
             torch.randn(2, module.in_features, generator=draw), torch.randn(module.out_features, 2, generator=draw), alpha=2.0
         )
-        for name, module in unet.named_modules()
+        for name, module in denoiser.named_modules()
         if name.endswith(("to_q", "to_v"))
     }
     lora = Lora(layers)
-    header = metadata.build(lora, FAMILY, title=path.stem, base=str(base), trigger=trigger) | headers
+    header = metadata.build(lora, family, title=path.stem, base=str(base), trigger=trigger) | headers
     header = {key: value for key, value in header.items() if value is not None}
-    return formats.write(lora, path, "kohya", FAMILY, unet.config, torch.float32, header)
+    format = "kohya" if family is FAMILY else "diffusers"
+    return formats.write(lora, path, format, family, denoiser.config, torch.float32, header)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +109,100 @@ def test_prompts_by_seeds_by_strengths(base, lora, tmp_path):
     assert [(use.name, use.scale) for use in recipe.loras] == [("zqx", 1.0)]
     assert recipe.loras[0].autov3 == metadata.hashes(lora)["autov3"]
     assert recipe.base == "tiny-base" and len(recipe.base_sha256) == 64
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("flux", (28, 3.5, 1.0)), ("sd3", (40, 4.5, None))])
+def test_loras_of_flux_and_sd3(flow_bases, tmp_path, name, numbers):
+    """Base and family come from the LoRA, the numbers from the published base that is most like it, and both into the files."""
+    base, _ = flow_bases[name]
+    lora = lora_file(tmp_path / "zqx.safetensors", base, family=get(name))
+    ask = {"prompt": "{trigger}, {red|blue} hat", "count": 1, "width": 48, "height": 32}
+    run = charforgex.generate(lora=lora, scales=[0, 1], out=tmp_path / "grid", **ask)
+    plain = charforgex.generate(family=name, base=base, trigger="zqx", out=tmp_path / "plain", steps=numbers[0], guidance=numbers[1], **ask)
+    assert (run["family"], run["base"]) == (name, str(base))
+    assert tuple(run["settings"][key] for key in ("steps", "guidance", "true_guidance")) == numbers
+    off, on, own = (pixels(picture["file"]) for picture in (*run["pictures"], *plain["pictures"]))
+    assert np.array_equal(off, own) and np.abs(on.astype(int) - own).max() > 1 and own.shape == (32, 48, 3)
+
+    recipe = read_recipe(run["pictures"][1]["file"])
+    assert (recipe.family, recipe.steps, recipe.guidance, recipe.true_guidance) == (name, *numbers)
+    assert recipe.scheduler_class == "FlowMatchEulerDiscreteScheduler" and recipe.prompt.startswith("zqx, ")
+    said = Image.open(run["pictures"][1]["file"]).text["parameters"]
+    assert ("CFG scale: 1, Distilled CFG Scale: 3.5" if name == "flux" else "CFG scale: 4.5, Seed") in said and "Sampler: Euler" in said
+
+
+def test_flux_with_a_negative_prompt(flow_bases, tmp_path):
+    ask = {"family": "flux", "base": flow_bases["flux"][0], "prompt": "a cat", "count": 2, "sheet": False, **QUICK}
+    runs = [
+        charforgex.generate(**ask, out=tmp_path / str(number), **more)
+        for number, more in enumerate([{}, {"true_guidance": 3}, {"true_guidance": 3, "negative": "a dog", "scheduler": "dpmpp_2m"}])
+    ]
+    made = [[pixels(picture["file"]) for picture in run["pictures"]] for run in runs]
+    assert not any(np.array_equal(a, b) for a, b in zip(made[0], made[1], strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(made[1], made[2], strict=True))
+    assert [run["settings"]["true_guidance"] for run in runs] == [1, 3, 3] and runs[2]["settings"]["guidance"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("flux", {"negative": "dark"}, "negative=dark has no effect with true_guidance=1; true_guidance must be above 1"),
+        ("flux", {"guidance_rescale": 0.7}, "guidance_rescale=0.7 has no meaning for flux"),
+        ("flux", {"scheduler": "euler_a"}, "scheduler=euler_a is for diffusion models with betas.*use one of checkpoint, euler"),
+        ("flux", {"width": 40}, "width=40: 40 is not a multiple of 16"),
+        ("sd3", {"true_guidance": 2}, "true_guidance=2 has no meaning for sd3"),
+        ("sd3", {"guidance": 1, "negative": "dark"}, "negative=dark has no effect with guidance=1"),
+        ("sd3", {"family.recipe.true_guidance": 2}, "true_guidance=2 has no meaning for sd3"),
+    ],
+)
+def test_refused_of_flux_and_sd3_before_weights_load(flow_bases, tmp_path, name, settings, message):
+    ask = {"family": name, "base": flow_bases[name][1], "prompt": "a", "out": tmp_path / "out"}
+    with pytest.raises(ConfigError, match=message):
+        charforgex.generate(**ask | settings)
+    with pytest.raises(ModelError, match="holds no weights"):  # the check of the check
+        charforgex.generate(**ask)
+
+
+def test_numbers_are_the_familys():
+    """Of the choice that was made; else of the one that names this base; else of the published base most like it."""
+    from omegaconf import OmegaConf
+
+    choices = {path.stem: OmegaConf.load(path) for path in (conf_folder() / "family").glob("*.yaml")}
+
+    def numbers(name, base, config, settings=None):
+        found = _recipe(settings or Settings(), get(name), base, config)
+        return found.sampling_steps, found.guidance, found.true_guidance
+
+    def written(choice):
+        return tuple(choices[choice].recipe[key] for key in ("sampling_steps", "guidance", "true_guidance"))
+
+    for stem, choice in choices.items():
+        assert numbers(choice.name, choice.source, {}) == written(stem)
+    like = {
+        "sdxl_base": ("sdxl", {}), "flux_dev": ("flux", {"guidance_embeds": True}), "flux_schnell": ("flux", {"guidance_embeds": False}),
+        "sd3_medium": ("sd3", {"num_layers": 24}), "sd35_large": ("sd3", {"num_layers": 38, "dual_attention_layers": []}),
+        "sd35_medium": ("sd3", {"num_layers": 24, "dual_attention_layers": [0, 1]}),
+    }  # fmt: skip
+    for stem, (name, config) in like.items():
+        assert get(name).published(config) == stem
+        assert numbers(name, "my/own", config) == written(stem)
+    chosen = Settings(family=bind(FamilySettings, choices["flux_schnell"], "family"))
+    assert numbers("flux", "black-forest-labs/FLUX.1-dev", {}, chosen) == written("flux_schnell")
+
+
+def test_settings_of_training_are_refused_where_they_are_set():
+    """They come with a family's choice, and only three of them have an effect here."""
+    cfg = compose("generate", ["family=flux", "family.recipe.sampling_steps=7", "family.recipe.guidance=2", "family.tokenizer=here"])
+    assert cfg.family.recipe.sampling_steps == 7
+    compose("generate", ["family=flux_dev", "family.source=somewhere"])
+    with pytest.raises(ConfigError) as refused:
+        compose("generate", ["family=flux", "family.dtype=bfloat16", "family.recipe.lr=1", "family.recipe.steps=3"])
+    assert str(refused.value).splitlines() == [
+        "family.dtype=bfloat16 has no effect here: it is of training; say dtype=...",
+        "family.recipe.steps=3 has no effect here: it is of training; leave it out",
+        "family.recipe.lr=1 has no effect here: it is of training; leave it out",
+    ]
+    compose("train", ["family=flux", "family.dtype=bfloat16", "family.recipe.lr=1"])
 
 
 def test_same_settings_same_bytes(base, tmp_path):
@@ -169,10 +281,10 @@ def test_loras_are_checked_before_weights_load(weightless, tmp_path):
     with pytest.raises(ConfigError, match="does not say which base model it was trained on; say base="):
         charforgex.generate(lora=silent, **ask)
 
-    other = lora_file(tmp_path / "other.safetensors", weightless, **{"charforgex.family": "flux"})
-    with pytest.raises(ConfigError, match=r"family\.name=flux is unknown"):
+    other = lora_file(tmp_path / "other.safetensors", weightless, **{"charforgex.family": "kolors"})
+    with pytest.raises(ConfigError, match=r"family\.name=kolors is unknown"):
         charforgex.generate(lora=other, **ask)
-    with pytest.raises(LoraError, match=r"other.safetensors is for flux and not for sdxl"):
+    with pytest.raises(LoraError, match=r"other.safetensors is for kolors and not for sdxl"):
         charforgex.generate(lora=other, family="sdxl", base=weightless, **ask)
 
     tensors = load_file(good)
@@ -196,6 +308,11 @@ def test_a_base_of_another_prediction_is_warned_of(base, tmp_path):
     wrong = lora_file(tmp_path / "wrong.safetensors", base, **{"modelspec.prediction_type": "v"})
     run = charforgex.generate(lora=wrong, prompt="a", count=1, out=tmp_path / "out", **QUICK)
     assert run["warnings"][0].startswith("wrong.safetensors was trained on a base that predicts v_prediction")
+
+
+def test_rectified_flows_have_one_prediction_whatever_a_file_says(flow_bases, tmp_path):
+    lora = lora_file(tmp_path / "a.safetensors", flow_bases["sd3"][0], family=get("sd3"), **{"modelspec.prediction_type": "epsilon"})
+    assert charforgex.generate(lora=lora, prompt="a", count=1, out=tmp_path / "out", **QUICK)["warnings"] == []
 
 
 def test_earlier_pictures_are_not_overwritten(weightless, tmp_path):

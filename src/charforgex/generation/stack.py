@@ -147,11 +147,11 @@ def _names(paths: list[Path]) -> dict[str, Path]:
 
 def _warnings(family: Family, bare: Components, metadata: Mapping[Path, Mapping[str, str]]) -> list[str]:
     wanted = {"epsilon": "epsilon", "v": "v_prediction"}
-    predicts = getattr(family.process(bare), "prediction", None)
+    predicts = family.process(bare).prediction
     found = []
     for path, header in metadata.items():
         said = wanted.get(header.get("modelspec.prediction_type", ""))
-        if said is not None and predicts is not None and said != predicts:
+        if said is not None and predicts in wanted.values() and said != predicts:  # rectified flows have one, whatever a file says
             found.append(
                 f"{path.name} was trained on a base that predicts {said}, and {bare.source} predicts {predicts}; expect poor pictures."
             )
