@@ -293,8 +293,8 @@ def _adapter_metadata(lora: Lora) -> dict[str, Any]:
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+            "rank_pattern": {_whole(path): value for path, value in ranks.items() if value != rank},
+            "alpha_pattern": {_whole(path): value for path, value in alphas.items() if value != alpha},
             "target_modules": sorted(layers),
             "lora_dropout": 0.0,
             "bias": "none",
@@ -303,6 +303,11 @@ def _adapter_metadata(lora: Lora) -> dict[str, Any]:
         }
         settings |= {f"{component}.{key}": value for key, value in config.items()}
     return settings
+
+
+def _whole(path: str) -> str:
+    """A pattern of peft's for this module alone: it matches ends of paths, and Flux has a proj_out inside its blocks and outside."""
+    return path if "." in path else f"^{path}"
 
 
 def _tidy(value: float) -> float:
