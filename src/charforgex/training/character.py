@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from charforgex import runs
-from charforgex.config import bind
+from charforgex.config import bind, conf_folder
 from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
 from charforgex.data.datamodule import CharacterData, LoadParts
@@ -105,7 +106,9 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     targets = settings.lora.targets
     targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
     load_parts = loader(cfg, family, device)
-    objective.check(family.process(load_parts([])))  # the scheduler alone
+    base = load_parts([])  # the scheduler alone, and what the configs tell
+    objective.check(family.process(base))
+    check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
     blocks = family.blocks(parts.denoiser)
     if settings.trainer.gradient_checkpointing:
@@ -212,6 +215,20 @@ def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
     return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
 
 
+def check_resolution(family: Family, source: str, trained_at: int, resolutions: Sequence[int]) -> None:
+    """Raises ConfigError for pictures of an eighth of the base's own size or less: an embedded base's numbers for a published one."""
+    if 8 * max(resolutions) > trained_at:
+        return
+    configs = {path.stem: OmegaConf.load(path) for path in sorted((conf_folder() / "family").glob("*.yaml"))}
+    fitting = [
+        f"family={name}" for name, config in configs.items() if config.name == family.name and 8 * config.recipe.resolution > trained_at
+    ]
+    raise ConfigError(
+        f"data.resolution={max(resolutions)} is far below the {trained_at} px of {source}: these are the numbers of a smaller base. "
+        f"Use {' or '.join([*fitting, f'data.resolution={trained_at}'])}, with family.source={source}."
+    )
+
+
 def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
     """Raises ConfigError if checkpoints (weights, EMA and an optimizer's up to four moments) and the run's files would not fit."""
     needed = 4 * 6 * sum(p.numel() for p in parameters.values()) * (keep + 3) + SPARE_BYTES
@@ -254,17 +271,18 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -
     trainable = sum(p.numel() for p in module.trainable.values())
     names = [name for name in family.components["text"] if name.startswith("tokenizer")]
     tokenizers = load_components(family, job.cfg.family.source, names, torch.float32, tokenizer=job.cfg.family.tokenizer)
-    lines = report.objective_lines(family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable)
+    stride = family.latent_stride(parts)
+    grids = [(item.cut.size[0] // stride, item.cut.size[1] // stride) for item in data.items]
+    lines = report.objective_lines(
+        family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable, max(grids, key=math.prod)
+    )
     if module.live.networks:
         lines.append(("text encoders", f"{', '.join(module.live.networks)} learn with lr {s.text_encoder.lr:g}"))
     report.show(job.console, "Objective", lines)
     report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
-    grids = []
     if s.trainer.compile:
         compile_blocks(parts.denoiser, family.blocks(parts.denoiser))
-        stride = family.latent_stride(parts)
-        grids = first_grids([(item.cut.size[0] // stride, item.cut.size[1] // stride) for item in data.items])
-    expected, _ = report.trial(module, s.trainer.steps, grids)
+    expected, _ = report.trial(module, s.trainer.steps, first_grids(grids) if s.trainer.compile else [])
     memory = f"{report.peak_memory_bytes() / 2**30:.2f} GiB so far"
     encoded = f"{made['latent']} pictures and {made['text']} captions encoded, the rest was cached"
     report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])

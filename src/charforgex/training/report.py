@@ -30,20 +30,23 @@ def histogram(values: torch.Tensor, bins: int = 10) -> str:
 
 def objective_lines(
     family: Family, parts: Components, process: Process, objective: Objective, lora: LoraSettings, adapted: Sequence[str],
-    optimizer: OptimizerSettings, trainer: TrainerSettings, trainable: int,
+    optimizer: OptimizerSettings, trainer: TrainerSettings, trainable: int, grid: tuple[int, int],
 ) -> list[tuple[str, str]]:  # fmt: skip
-    """The effective objective, as (what, value)."""
-    times = torch.cat([objective.times(4, process, "report", i) for i in range(250)])
+    """The effective objective, as (what, value). `grid` is the largest picture's, in latents: times may depend on it."""
+    tokens = grid[0] * grid[1] // 4
+    times = torch.cat([objective.times(4, process, "report", i, tokens=tokens) for i in range(250)])
+    shift = process.resolution_shift(tokens) if objective.shift == "resolution" else objective.shift
+    shifted = "" if shift == 1 else f", shifted by {shift:.4g}" + (" for the largest picture" if objective.shift == "resolution" else "")
     weights = process.weight(times, objective.weighting, objective.min_snr_gamma)
     loss = objective.kind if objective.kind == "mse" else f"pseudo-Huber, delta {objective.huber_delta:g}"
-    weighting = (
-        "none" if objective.weighting == "none" else f"min-SNR {objective.min_snr_gamma:g}: {weights.min():.3f} to {weights.max():.3f}"
-    )
+    weighting = f"min-SNR {objective.min_snr_gamma:g}" if objective.weighting == "min_snr" else objective.weighting
+    weighting += "" if weighting == "none" else f": {weights.min():.3f} to {weights.max():.3f}"
+    guidance = f", guidance vector {family.training_guidance:g}" if family.is_distilled(parts) else ""
     return [
         ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}".replace("torch.", "")),
-        ("target", process.describe()),
+        ("target", process.describe() + guidance),
         ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),
-        ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}"),
+        ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}{shifted}"),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale alpha/rank {lora.alpha / lora.rank:g}"),
         ("trains", f"{len(adapted)} layers, {trainable / 1e6:.2f} M parameters, such as {adapted[0]}"),
         ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}"),
@@ -57,15 +60,21 @@ def data_lines(family: Family, parts: Components, data: CharacterData, count: in
     sizes = sorted({item.cut.size for item in data.items})
     shown = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
     lines = [("pictures", f"{len(data.train)} to train on, {len(data.val)} held out; sizes {shown}")]
-    cut = [max(n for _, n in family.seen_text(parts, text)) for texts in data.texts.values() for text in texts]
-    lines.append(
-        ("captions", f"{sum(n > 0 for n in cut)} of {len(cut)} are cut off" + (f", by up to {max(cut)} tokens" if any(cut) else ""))
-    )
+    lines.append(("captions", cut_off(family, parts, [text for texts in data.texts.values() for text in texts])))
     for number, prompt in enumerate(data.final_prompts(count)):
-        lines.append((f"prompt {number + 1}", family.seen_text(parts, prompt)[0][0] or "(dropped)"))
+        seen, _ = min(family.seen_text(parts, prompt), key=lambda text_and_cut: text_and_cut[1])  # by the encoder that sees the most
+        lines.append((f"prompt {number + 1}", seen or "(dropped)"))
     lines += [("skipped", f"{problem.path}: {problem.reason}") for problem in data.problems]
     lines += [("note", note) for note in data.notes]
     return lines
+
+
+def cut_off(family: Family, parts: Components, texts: Sequence[str]) -> str:
+    """How many texts each tokenizer in `parts` cuts off."""
+    names = [name for name in family.components["text"] if name.startswith("tokenizer") and name in parts]
+    cut = zip(names, zip(*([n for _, n in family.seen_text(parts, text)] for text in texts), strict=True), strict=True)
+    told = [f"{sum(n > 0 for n in by)} of {len(by)} are cut off by {name}, up to {max(by)} tokens" for name, by in cut if any(by)]
+    return "; ".join(told) or f"0 of {len(texts)} are cut off"
 
 
 def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] = ()) -> tuple[str, float]:
