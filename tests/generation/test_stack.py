@@ -1,0 +1,37 @@
+"""The family of LoRAs that say nothing about themselves: known from their keys and shapes, before anything is loaded."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.generation.settings import Settings
+from charforgex.generation.stack import read_stack
+from tests.lora import published
+
+
+def foreign(path, who):
+    listing = (published.LISTINGS[who][3] if who in published.LISTINGS else published.OTHERS[who]).items()
+    save_file({key: torch.ones(shape, dtype=torch.float16) for key, shape in listing if "te3" not in key}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("who", ["XLabs, Flux", "diffusers, SD3 attention", "sd-scripts, SDXL"])
+def test_a_foreign_lora_finds_its_family(who, tmp_path):
+    """The base is not there, so the error tells whose base was looked for."""
+    empty = tmp_path / "base"
+    empty.mkdir()
+    (empty / "model_index.json").write_text('{"_class_name": "AnotherPipeline"}')
+    with pytest.raises(ModelError, match=rf"(?i){published.LISTINGS[who][1]}"):
+        read_stack(Settings(lora=foreign(tmp_path / "x.safetensors", who), base=str(empty), prompt="a cat"))
+
+
+def test_loras_of_two_families_are_told_apart(tmp_path):
+    one, two = foreign(tmp_path / "one.safetensors", "XLabs, Flux"), foreign(tmp_path / "two.safetensors", "sd-scripts, SDXL")
+    with pytest.raises(LoraError, match=r"different families: .*one\.safetensors for flux, .*two\.safetensors for sdxl"):
+        read_stack(Settings(lora=[one, two], base="tiny", prompt="a cat"))
+
+
+def test_a_lora_of_no_family_of_ours_asks_for_one(tmp_path):
+    with pytest.raises(ConfigError, match="does not say which family it is for"):
+        read_stack(Settings(lora=foreign(tmp_path / "x.safetensors", "HunyuanVideo"), base="tiny", prompt="a cat"))
