@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -165,8 +166,6 @@ def test_refused_of_flux_and_sd3_before_weights_load(flow_bases, tmp_path, name,
 
 def test_numbers_are_the_familys():
     """Of the choice that was made; else of the one that names this base; else of the published base most like it."""
-    from omegaconf import OmegaConf
-
     choices = {path.stem: OmegaConf.load(path) for path in (conf_folder() / "family").glob("*.yaml")}
 
     def numbers(name, base, config, settings=None):
@@ -188,6 +187,19 @@ def test_numbers_are_the_familys():
         assert numbers(name, "my/own", config) == written(stem)
     chosen = Settings(family=bind(FamilySettings, choices["flux_schnell"], "family"))
     assert numbers("flux", "black-forest-labs/FLUX.1-dev", {}, chosen) == written("flux_schnell")
+
+
+def test_the_guides_table_is_what_the_files_say():
+    import re
+
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text("utf-8").split("## Bases")[1].split("\n## ")[0]
+    told = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \|.*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|$", page, re.M)}
+    found = {}
+    for path in (conf_folder() / "family").glob("*.yaml"):
+        choice = bind(FamilySettings, OmegaConf.load(path), path.stem)
+        true = f"{choice.recipe.true_guidance:g}" if get(choice.name).has_true_guidance else ""
+        found[path.stem] = (str(choice.recipe.sampling_steps), f"{choice.recipe.guidance:g}", true)
+    assert told == found
 
 
 def test_settings_of_training_are_refused_where_they_are_set():
@@ -302,6 +314,11 @@ def test_foreign_loras_are_known_by_their_headers(base, tmp_path):
     foreign = lora_file(tmp_path / "foreign.safetensors", base, trigger="abc", **ours)
     run = charforgex.generate(lora=foreign, base=base, prompt="{trigger}", count=1, out=tmp_path / "out", **QUICK)
     assert run["family"] == "sdxl" and run["pictures"][0]["prompt"] == "abc"
+
+
+def test_a_base_of_another_family_says_so(flow_bases):
+    with pytest.raises(ModelError, match=r"holds a FluxPipeline.*so sdxl was taken; say family=<one of sdxl, flux, sd3>"):
+        charforgex.generate(base=flow_bases["flux"][1], prompt="a")
 
 
 def test_a_base_of_another_prediction_is_warned_of(base, tmp_path):

@@ -62,6 +62,10 @@ def read_stack(settings: Settings) -> Stack:
         bare = family.load(base, only=())
         config = denoiser_config(family, base)
     except ModelError as error:
+        if settings.family is None and not paths and Path(base).expanduser().exists():
+            raise ModelError(
+                f"{error} Nothing said the family, so {family.name} was taken; say family=<one of {', '.join(FAMILIES)}>."
+            ) from error
         if said_by is None:
             raise
         raise ModelError(f"{said_by} was trained on {base}, which is not to be had here: {error} Say base=<where it is>.") from error
