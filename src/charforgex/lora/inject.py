@@ -7,69 +7,66 @@ loaded are all LoraErrors, raised before anything was changed.
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from charforgex.draws import torch_generator
 from charforgex.errors import LoraError
-from charforgex.lora.state import Lora, LoraLayer, some
+from charforgex.lora import tuners
+from charforgex.lora.start import first_layer, principal, together
+from charforgex.lora.state import Layer, Lora, some
+from charforgex.lora.targets import chosen, each
 from charforgex.types import Components
 
 TRAINED = "default"  # peft's name of the adapter that is being trained
+START = "start of default"  # beside it, what it began with, to be subtracted
 TEXT_PREFIX = "text_model."
 
 
-def inject(denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int = 0) -> list[str]:
+def inject(
+    denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int = 0, *, kind: str = "lora", init: str = "zero",
+    rslora: bool = False, factor: int | None = None, ranks: Mapping[str, int] | None = None, alphas: Mapping[str, float] | None = None,
+) -> list[str]:  # fmt: skip
     """Freezes the network and adds a trainable adapter that changes nothing yet. Returns the adapted module paths.
 
-    `targets` are suffixes of module paths, as peft's `target_modules`; one with a * is a pattern of whole paths. Adapter weights are float32 whatever the network's
-    dtype. down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform(a=sqrt 5), drawn from (seed, path); up = 0.
-    Raises LoraError if a target matches no linear or convolutional module, or if there is a trained adapter already.
+    `targets`, and the keys of `ranks` and `alphas` with what differs from `rank` and `alpha`, are patterns (`lora.targets`). `kind` is
+    lora, dora, loha or lokr; first weights are `lora.start`'s, float32 whatever the network's dtype. `rslora` scales by alpha / sqrt(rank)
+    (Kalajdzievski 2023): the layers have that alpha which says so by the common rule, in every file and tool. With `init` pissa a lora
+    begins with the weight's own largest directions; what it began with stays beside it, frozen, and is subtracted: that is training on
+    what is left of the weight, but the base itself is not touched.
+    Raises LoraError if a pattern matches no linear or convolutional module, or if there is a trained adapter already.
     """
     modules = _adaptable(denoiser)
     if TRAINED in getattr(denoiser, "peft_config", {}):
         raise LoraError(f"{type(denoiser).__name__} has a trained adapter already; load the base model afresh.")
-    matches = {target: [path for path in modules if _fits(path, target)] for target in targets}
-    unmatched = [target for target, paths in matches.items() if not paths]
-    if unmatched or not targets:
-        raise LoraError(
-            f"lora.targets: {some(unmatched) or 'nothing'} matches no linear or convolutional module of {type(denoiser).__name__}; "
-            f"its modules end in {', '.join(sorted({path.rpartition('.')[2] for path in modules if not path[-1].isdigit()}))}."
-        )
-    wanted = set().union(*matches.values())
-    paths = [path for path in modules if path in wanted]  # in the network's order, not the targets'
-    layers = {path: _initial(modules[path], path, rank, alpha, seed) for path in paths}
-    _insert(denoiser, layers, TRAINED, dtype=torch.float32)
+    paths = chosen("lora.targets", targets, list(modules))
+    ranks, alphas = each("lora.ranks", ranks or {}, rank, paths), each("lora.alphas", alphas or {}, alpha, paths)
+    if rslora:
+        alphas = {path: value * ranks[path] ** 0.5 for path, value in alphas.items()}
+    if init == "pissa":
+        layers = {path: principal(modules[path].weight, path, ranks[path], alphas[path], seed) for path in paths}
+        _insert(denoiser, {path: layer.map(torch.clone) for path, layer in layers.items()}, TRAINED, dtype=torch.float32)
+        _insert(denoiser, {path: replace(layer, up=-layer.up) for path, layer in layers.items()}, START, dtype=torch.float32)
+    else:
+        layers = {path: first_layer(kind, modules[path].weight, path, ranks[path], alphas[path], seed, factor) for path in paths}
+        _insert(denoiser, layers, TRAINED, dtype=torch.float32)
     for parameter in adapter_parameters(denoiser).values():
         parameter.requires_grad_(True)
     return paths
 
 
-def _fits(path: str, target: str) -> bool:
-    return fnmatchcase(path, target) if "*" in target else path == target or path.endswith("." + target)
-
-
-def _initial(module: nn.Module, path: str, rank: int, alpha: float, seed: int) -> LoraLayer:
-    shape = module.weight.shape
-    bound = 1 / math.sqrt(shape[1:].numel())
-    down = torch.rand(rank, *shape[1:], generator=torch_generator("lora", seed, path)) * (2 * bound) - bound
-    return LoraLayer(down, torch.zeros(shape[0], rank, *[1] * (len(shape) - 2)), alpha)
-
-
 def adapter_parameters(denoiser: nn.Module, name: str = TRAINED) -> dict[str, nn.Parameter]:
-    """The live parameters of an adapter: "<module path>.down" and "<module path>.up", in the network's order."""
-    found = {}
-    for path, layer in _adapted(denoiser, name).items():
-        found[f"{path}.down"] = layer.lora_A[_key(name)].weight
-        found[f"{path}.up"] = layer.lora_B[_key(name)].weight
-    return found
+    """The live parameters of an adapter, such as "<module path>.down" and "<module path>.up", in the network's order."""
+    return {
+        f"{path}.{part}": parameter
+        for path, tuner in _adapted(denoiser, name).items()
+        for part, parameter in tuners.parameters(tuner, _key(name)).items()
+    }
 
 
 def read_adapter(denoiser: nn.Module, component: str, name: str = TRAINED) -> Lora:
@@ -77,10 +74,13 @@ def read_adapter(denoiser: nn.Module, component: str, name: str = TRAINED) -> Lo
     adapted = _adapted(denoiser, name)
     if not adapted:
         raise LoraError(f"{component} has no adapter named {name}; it has {some(_names(denoiser)) or 'none'}.")
+    starts = _adapted(denoiser, START) if name == TRAINED else {}
     layers = {}
-    for path, layer in adapted.items():
-        down, up = (factor[_key(name)].weight.detach().to("cpu", torch.float32, copy=True) for factor in (layer.lora_A, layer.lora_B))
-        layers[f"{component}.{_spelled(component, path)}"] = LoraLayer(down, up, layer.lora_alpha[_key(name)])
+    for path, tuner in adapted.items():
+        layer = tuners.read(tuner, _key(name))
+        if path in starts:
+            layer = together(layer, tuners.read(starts[path], _key(START)))
+        layers[f"{component}.{_spelled(component, path)}"] = layer
     return Lora(layers)
 
 
@@ -109,7 +109,7 @@ def load_adapter(parts: Components, lora: Lora, name: str, scale: float = 1.0, d
     missing = [component for component in lora.components() if component not in parts]
     if missing:
         raise LoraError(f"The adapter changes {some(missing)}, which {parts.source} has not loaded; it has {', '.join(parts.networks())}.")
-    plan: dict[str, dict[str, LoraLayer]] = {}
+    plan: dict[str, dict[str, Layer]] = {}
     left_over, misfits = [], []
     for component in lora.components():
         modules = _adaptable(parts[component])
@@ -118,7 +118,7 @@ def load_adapter(parts: Components, lora: Lora, name: str, scale: float = 1.0, d
             here = path if path in modules else path.removeprefix(TEXT_PREFIX)
             if here not in modules:
                 left_over.append(f"{component}.{path}")
-            elif tuple(modules[here].weight.shape) != layer.weight_shape:
+            elif not layer.fits(modules[here].weight.shape):
                 misfits.append(f"{component}.{path} {layer.weight_shape} for a weight of {tuple(modules[here].weight.shape)}")
             else:
                 plan[component][here] = layer
@@ -142,14 +142,15 @@ def set_scales(parts: Components, scales: Mapping[str, float]) -> None:
         raise LoraError(f"No adapter named {some(unknown)} is loaded; loaded are {some(_all_names(parts)) or 'none'}.")
     for network in parts.networks().values():
         for name, scale in scales.items():
-            for layer in _adapted(network, name).values():
-                layer.set_scale(_key(name), scale)
+            for part in (name, START) if name == TRAINED else (name,):
+                for layer in _adapted(network, part).values():
+                    layer.set_scale(_key(part), scale)
 
 
 @contextmanager
 def without_adapter(*networks: nn.Module) -> Iterator[None]:
     """Inside, the networks compute exactly what the base model does, whatever adapters they hold."""
-    layers = [layer for network in networks for layer in _tuner_layers(network).values()]
+    layers = [layer for network in networks for layer in _tuner_layers(network)]
     before = [layer.disable_adapters for layer in layers]
     with _keeping_gradients(layers):
         for layer in layers:
@@ -186,17 +187,19 @@ def same_output(network: nn.Module, component: str, expected: Lora, reloaded: Lo
         return [name for name, path in named.items() if not _agree(live[path], wanted[name], copies[path], path)]
 
 
-def _agree(live: nn.Module, values: LoraLayer, copy: nn.Module, path: str) -> bool:
+def _agree(live: nn.Module, values: Layer, copy: nn.Module, path: str) -> bool:
     weight = live.get_base_layer().weight
     size = (2, weight.shape[1], 8, 8) if weight.ndim == 4 else (2, weight.shape[1])
     x = torch.randn(size, generator=torch_generator("same output", path)).to(weight.device, weight.dtype)
-    factors = {f"lora_A.{TRAINED}.weight": values.down, f"lora_B.{TRAINED}.weight": values.up}
-    factors = {key: factor.to(weight.device) for key, factor in factors.items()}
+    factors = {tuners.place(values, name, TRAINED): factor.to(weight.device) for name, factor in values.tensors().items()}
     active, scaling, disabled = live._active_adapter, live.scaling[TRAINED], live.disable_adapters
     try:  # as trained: previews may have left it off, scaled, or beside other adapters
         live.set_adapter([TRAINED])
         live.enable_adapters(True)
         live.set_scale(TRAINED, 1.0)
+        if not math.isclose(live.scaling[TRAINED], values.scale):
+            return False
+        live.scaling[TRAINED] = values.scale
         return torch.equal(torch.func.functional_call(live, factors, (x,)), copy(x))
     finally:
         live.scaling[TRAINED] = scaling
@@ -207,52 +210,27 @@ def _agree(live: nn.Module, values: LoraLayer, copy: nn.Module, path: str) -> bo
 # ---- peft ----
 
 
-def _insert(network: nn.Module, layers: Mapping[str, LoraLayer], name: str, dtype: torch.dtype | None) -> None:
+def _insert(network: nn.Module, layers: Mapping[str, Layer], name: str, dtype: torch.dtype | None) -> None:
     """Puts peft layers holding `layers` around modules of `network`, active beside the adapters that are there, frozen."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    before = {path: list(layer.active_adapters) for path, layer in _tuner_layers(network).items()}
-    ranks, alphas = ({path: value(layer) for path, layer in layers.items()} for value in (lambda l: l.rank, lambda l: l.alpha))
-    (rank, rank_pattern), (alpha, alpha_pattern) = _most_common(ranks), _most_common(alphas)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, target_modules=_pattern(layers),
-    )  # fmt: skip
-    with _keeping_gradients(_tuner_layers(network).values()):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what we want
-            # meta weights: peft's own draws would come from, and move, the global random state
-            inject_adapter_in_model(config, network, _key(name), low_cpu_mem_usage=True)
+    before = {tuner: list(tuner.active_adapters) for tuner in _tuner_layers(network)}
+    with _keeping_gradients(before):
+        for kind in sorted({layer.kind for layer in layers.values()}):
+            config = tuners.settings({path: layer for path, layer in layers.items() if layer.kind == kind})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what we want
+                # meta weights: peft's own draws would come from, and move, the global random state
+                inject_adapter_in_model(config, network, _key(name), low_cpu_mem_usage=True)
         if hasattr(network, "_hf_peft_config_loaded"):
             network._hf_peft_config_loaded = True  # so that diffusers' and transformers' own adapter methods see it
-        for path, layer in _adapted(network, name).items():
-            factors = layers[path]
-            assert math.isclose(layer.scaling[_key(name)], factors.scale), f"peft scales {path} by {layer.scaling[_key(name)]}"
-            weight = layer.get_base_layer().weight
-            for side, value in ((layer.lora_A, factors.down), (layer.lora_B, factors.up)):
-                value = value.to(weight.device, dtype or weight.dtype, copy=True)
-                side[_key(name)].weight = nn.Parameter(value, requires_grad=False)
-        for path, layer in _tuner_layers(network).items():  # peft has switched all others off, in every layer
-            layer.set_adapter([*before.get(path, []), *([_key(name)] if path in layers else [])])
+        for path, tuner in _adapted(network, name).items():
+            tuners.put(tuner, _key(name), layers[path], dtype)
+        for tuner in _tuner_layers(network):  # peft has switched all others off, in every layer
+            tuner.set_adapter([*before.get(tuner, []), *([_key(name)] if _key(name) in tuner.scaling else [])])
+            tuner.eval()  # LoHa and LoKr draw from the global random state in training mode
     for parameter in adapter_parameters(network, name).values():
         parameter.requires_grad_(False)
-
-
-def _most_common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """peft's way to say it: one value for most modules, and a pattern for each of the others.
-
-    One pattern a value, not one a module: peft tries every pattern on every module, and Python forgets compiled
-    patterns beyond 512.
-    """
-    common = Counter(values.values()).most_common(1)[0][0]
-    others = defaultdict(list)
-    for path, value in values.items():
-        if value != common:
-            others[value].append(path)
-    return common, {_pattern(paths): value for value, paths in others.items()}
-
-
-def _pattern(paths) -> str:
-    return f"^(?:{'|'.join(map(re.escape, paths))})$"
 
 
 def _key(name: str) -> str:
@@ -264,19 +242,24 @@ def _name(key: str) -> str:
     return key.removeprefix("adapter:").replace("%2E", ".").replace("%25", "%")
 
 
-def _tuner_layers(network: nn.Module) -> dict[str, nn.Module]:
+def _tuner_layers(network: nn.Module) -> list[nn.Module]:
+    return list(_by_path(network).values())
+
+
+def _by_path(network: nn.Module) -> dict[str, nn.Module]:
+    """peft's layers; where kinds differ on one module, the later wraps the earlier, which is its `base_layer`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _adapted(network: nn.Module, name: str) -> dict[str, nn.Module]:
-    """peft's layers that hold the adapter, by module path."""
-    return {path: layer for path, layer in _tuner_layers(network).items() if _key(name) in layer.lora_A}
+    """peft's layers that hold the adapter, by the path of the module that they adapt."""
+    return {path.replace(".base_layer", ""): layer for path, layer in _by_path(network).items() if _key(name) in layer.scaling}
 
 
 def _names(network: nn.Module) -> list[str]:
-    return list(dict.fromkeys(_name(key) for layer in _tuner_layers(network).values() for key in layer.lora_A))
+    return [name for name in dict.fromkeys(_name(key) for layer in _tuner_layers(network) for key in layer.scaling) if name != START]
 
 
 def _all_names(parts: Components) -> list[str]:
@@ -285,14 +268,13 @@ def _all_names(parts: Components) -> list[str]:
 
 def _adaptable(network: nn.Module) -> dict[str, nn.Module]:
     """The network's own linear and convolutional modules by path, as if it held no adapters."""
-    tuned = _tuner_layers(network)
+    tuned = _by_path(network)
     inner = tuple(path + "." for path in tuned)
     found = {}
     for path, module in network.named_modules():
-        if path in tuned:
-            module = module.get_base_layer()
-        elif path.startswith(inner):
+        if inner and path.startswith(inner):
             continue
+        module = module.get_base_layer() if path in tuned else module
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             found[path] = module
     return found
