@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from charforgex.training.checkpoints import SafeCheckpointIO, saved_steps
+from tests.data.conftest import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -57,10 +58,10 @@ def undisturbed(runner, tmp_path_factory):
     return folder / "first"
 
 
-def evidence(run_dir: Path) -> dict[str, bytes]:
+def evidence(run_dir: Path, steps: int = STEPS) -> dict[str, bytes]:
     """The loss log, both LoRA files, and the last checkpoint: weights, EMA, optimizer and step."""
     last = saved_steps(run_dir / "checkpoints")[0]
-    assert SafeCheckpointIO().load_checkpoint(last)["step"] == STEPS
+    assert SafeCheckpointIO().load_checkpoint(last)["step"] == steps
     files = [run_dir / "metrics.csv", run_dir / "debug.safetensors", run_dir / "debug_diffusers.safetensors", last / "tensors.safetensors"]
     return {path.name: path.read_bytes() for path in files}
 
@@ -120,3 +121,24 @@ def test_a_broken_last_checkpoint_falls_back_to_the_one_before(runner, undisturb
     (newest / "tensors.safetensors").write_bytes(data)
     assert runner(run_dir)["status"] == 0
     assert evidence(run_dir) == evidence(undisturbed)
+
+
+def test_with_text_encoders_a_prior_and_regularisation(runner, tmp_path):
+    """One run in one piece, one killed in the middle of a checkpoint and gone on with: with all that can learn and be held still."""
+    for number in range(3):
+        draw(tmp_path / "others" / f"{number}.png", number)
+        (tmp_path / "others" / f"{number}.txt").write_text("a portrait of a woman")
+    settings = [
+        "trainer.steps=6", "trainer.checkpoint_every=2", "evaluation.every=6", "text_encoder.lr=1e-3", "loss.prior_weight=1",
+        f"data.regularisation.source={tmp_path / 'others'}", "data.regularisation.weight=0.5",
+    ]  # fmt: skip
+    assert runner(tmp_path / "whole", *settings)["status"] == 0
+    assert runner(tmp_path / "killed", *settings, kill_at_save=8)["status"] == -signal.SIGKILL  # 3 files each: steps 0 and 2 are whole
+    assert runner(tmp_path / "killed", *settings)["status"] == 0
+    assert evidence(tmp_path / "killed", 6) == evidence(tmp_path / "whole", 6)
+    checkpoint = SafeCheckpointIO().load_checkpoint(saved_steps(tmp_path / "whole" / "checkpoints")[0])
+    encoders = {name.split(".")[0] for name in checkpoint["tensors"] if "text_encoder" in name}
+    assert encoders == {f"{kind}/{name}" for kind in ("weights", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/step")
+                        for name in ("text_encoder", "text_encoder_2")}  # fmt: skip
+    rates = [group["initial_lr"] if "initial_lr" in group else group["lr"] for group in checkpoint["optimizer"]["groups"]]
+    assert len(rates) == 2 and rates[1] / rates[0] == pytest.approx(1e-3 / 2e-3)
