@@ -9,12 +9,13 @@ import torch
 
 from charforgex.config import compose
 from charforgex.errors import ConfigError
-from charforgex.families.sdxl import Sdxl
+from charforgex.families import registry
 from charforgex.lora.inject import adapter_parameters, inject
-from charforgex.training.character import check_disk, choose_device, find_character, with_trigger
+from charforgex.training.character import check_disk, check_resolution, choose_device, find_character, with_trigger
 from charforgex.training.losses import Objective
-from charforgex.training.run import check, choose_run_dir
-from charforgex.types import Batch, Crop, Text
+from charforgex.training.run import check, choose_run_dir, run
+from charforgex.types import Batch, Crop
+from tests.families.rows import ROWS
 
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
@@ -72,39 +73,65 @@ def test_a_folder_with_other_files_is_not_taken_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
 
 
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2, 4, 8, 8, generator=generator)
-    parts = Sdxl().tiny()
-    text = Sdxl().encode_text(parts, ["a man", "a woman"])
-    return parts, Batch(mean, torch.zeros_like(mean), Text(text.tokens_BLD, text.pooled_BD), Crop.whole(2, 64, 64))
+@pytest.fixture(params=ROWS, ids=str)
+def family(request):
+    return request.param.family
 
 
-def losses_and_gradients(dtype=torch.float32, checkpointing=False):
-    family = Sdxl()
-    parts, drawn = batch()
-    unet = parts.denoiser.to(dtype)
+def losses_and_gradients(family, dtype=torch.float32, checkpointing=False):
+    parts = family.tiny()
+    mean, text = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), family.encode_text(parts, ["a man", "a woman"])
+    drawn = Batch(mean, torch.zeros_like(mean), text, Crop.whole(2, 64, 64))
+    denoiser = parts.denoiser.to(dtype)
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-    inject(unet, family.lora_targets("attention", unet.config), 4, 4.0)
-    parameters = adapter_parameters(unet)
+        denoiser.enable_gradient_checkpointing()
+        denoiser.train()
+    inject(denoiser, family.lora_targets("attention", denoiser.config), 4, 4.0)
+    parameters = adapter_parameters(denoiser)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(0.02 if name.endswith(".up") else 0.0)
-    losses = Objective().losses(family, unet, family.process(parts), drawn, "key")
+    losses = Objective().losses(family, denoiser, family.process(parts), drawn, "key")
     losses.mean().backward()
     assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
     return losses.detach(), torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
 
 
-def test_gradient_checkpointing_changes_nothing():
-    plain, checkpointed = losses_and_gradients(), losses_and_gradients(checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(family):
+    plain, checkpointed = losses_and_gradients(family), losses_and_gradients(family, checkpointing=True)
     assert torch.equal(plain[0], checkpointed[0])
     assert torch.allclose(plain[1], checkpointed[1], rtol=1e-5, atol=1e-9)
 
 
-def test_a_bfloat16_base_trains_a_float32_adapter():
-    plain, half = losses_and_gradients(), losses_and_gradients(torch.bfloat16)
+def test_a_bfloat16_base_trains_a_float32_adapter(family):
+    plain, half = losses_and_gradients(family), losses_and_gradients(family, torch.bfloat16)
     assert torch.allclose(plain[0], half[0], rtol=0.02)
     assert torch.nn.functional.cosine_similarity(plain[1], half[1], dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_at", "resolution", "presets"),
+    [
+        ("flux", 1024, 64, "family=flux_dev or family=flux_schnell"),
+        ("sd3", 1024, 128, "family=sd35_large or family=sd35_medium or family=sd3_medium"),
+        ("sdxl", 1024, 64, "family=sdxl_base"),
+    ],
+)
+def test_an_embedded_bases_size_is_refused_for_a_published_one(name, trained_at, resolution, presets):
+    family = registry.get(name)
+    with pytest.raises(
+        ConfigError, match=rf"data.resolution={resolution} is far below the 1024 px of mine.*Use {presets} or data.resolution="
+    ):
+        check_resolution(family, "mine", trained_at, [32, resolution])
+    check_resolution(family, "mine", trained_at, [64, 256])
+    check_resolution(family, "charworld", 64, [64])
+
+
+def test_which_is_told_before_the_denoiser_is_read(tmp_path):
+    """A published base: of Flux, one whose latents are an eighth of the pixels."""
+    family, parts = registry.get("flux"), registry.get("flux").tiny()
+    family.pipeline(parts).save_pretrained(tmp_path / "flux-dev")
+    (tmp_path / "flux-dev" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    cfg = configured(tmp_path, "family=flux", f"family.source={tmp_path / 'flux-dev'}")
+    with pytest.raises(ConfigError, match=r"data.resolution=64 .*family=flux_dev.*with family.source=.*flux-dev\."):
+        run(cfg)
