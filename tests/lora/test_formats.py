@@ -255,8 +255,8 @@ def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
         formats.from_tensors({k: v for k, v in tensors.items() if k != key}, {}, family, config)
     with pytest.raises(LoraError, match="twice under two spellings"):
         formats.from_tensors(tensors | {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": tensors[key]}, {}, family, config)
-    with pytest.raises(LoraError, match="DoRA cannot be read"):
-        formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(8)}, {}, family, config)
+    with pytest.raises(LoraError, match=r"proj_in: its dora_scale \(1, 8\) is of columns"):
+        formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(1, 8)}, {}, family, config)
     settings = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
     with pytest.raises(LoraError, match=r"unet\.use_dora"):
         formats.from_tensors(formats.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)
@@ -300,7 +300,6 @@ def test_identify():
     assert formats.identify(["unet.x.lora_A.weight", "unet.x.lora_B.weight"]) == "diffusers"
     assert formats.identify(["lora_unet_x.alpha", "lora_unet_x.lora_down.weight"]) == "kohya"
     for keys, hint in [
-        (["lora_unet_x.hada_w1_a"], "LyCORIS"),
         (["model.diffusion_model.out.2.weight"], "whole checkpoint"),
         (["x.alpha"], "x.alpha"),
         ([], "0 keys"),

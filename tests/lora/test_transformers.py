@@ -197,8 +197,13 @@ def test_dora_scales():
     tensors["lora_unet_double_blocks_0_img_attn_proj.dora_scale"] = torch.ones(32, 1)
     converted = FluxPipeline.lora_state_dict(dict(tensors))
     assert {key.rpartition(".lora_")[2] for key in converted} == {"A.weight", "B.weight"}, "used as if it were a plain LoRA"
-    with pytest.raises(LoraError, match="dora_scale"):
-        formats.from_tensors(tensors, {}, family, config)
+    assert formats.from_tensors(tensors, {}, family, config).kinds() == ["dora"]
+    joined = formats.to_tensors(
+        every_layer(family, family.tiny(), ["transformer_blocks.0.attn.to_q"]), "kohya", family, config, torch.float32
+    )
+    joined["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] = torch.ones(96, 1)
+    with pytest.raises(LoraError, match="joins several"):
+        formats.from_tensors(joined, {}, family, config)
 
 
 def test_onetrainers_flux_files():

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from charforgex.errors import LoraError
+from charforgex.lora import lycoris
 from charforgex.lora.identify import family_of, identify
 from charforgex.lora.inject import TEXT_PREFIX, same_output
 from charforgex.lora.joined import alike, join, split, swap_halves
 from charforgex.lora.names import Names, Parts, Spelling, Table
-from charforgex.lora.state import Lora, LoraLayer, some
+from charforgex.lora.state import Layer, Lora, LoraLayer, some
 from charforgex.runs import replace_atomic
 
 
@@ -54,7 +55,7 @@ SIDES = {  # how the keys end that are read, whatever the names
     ".lora_A.weight": "down", ".lora_A.default.weight": "down", ".lora_down.weight": "down", ".down.weight": "down",
     ".lora_B.weight": "up", ".lora_B.default.weight": "up", ".lora_up.weight": "up", ".up.weight": "up",
     ".alpha": "alpha",
-}  # fmt: skip
+} | lycoris.SIDES  # fmt: skip
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' and peft's settings, as JSON; diffusers refuses it in kohya files
 
 
@@ -128,12 +129,13 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fam
         for name, _ in readable[module]:
             if spelled.setdefault(name, module) != module:
                 raise LoraError(f"{name} is there twice under two spellings, {spelled[name]} and {module}.")
-    incomplete = [_said(readable[module]) for module, sides in found.items() if not {"down", "up"} <= sides.keys()]
+    incomplete = [_said(readable[module]) for module, sides in found.items() if not lycoris.is_whole(sides)]
     if incomplete:
         raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
 
-    ranks = {name: found[module]["down"].shape[0] for name, module in spelled.items() if found[module]["down"].ndim}
-    said = _said_alphas(metadata, ranks)
+    downs = {name: found[module]["down"] for name, module in spelled.items() if "down" in found[module]}
+    plain = [name for name, module in spelled.items() if "magnitude" not in found[module]]
+    said = _said_alphas(metadata, {name: down.shape[0] for name, down in downs.items() if down.ndim}, plain)
     layers = {}
     for module, sides in found.items():
         layers |= _layers(readable[module], sides, said)
@@ -148,18 +150,23 @@ def _hint(tensors: Mapping[str, Tensor], left_over: list[str], family: Spelling)
     looks = family_of({key: tensor.shape for key, tensor in tensors.items()})
     if looks not in (None, family.name):
         return f" It looks like a LoRA of {looks}."
-    return " DoRA cannot be read." if any("dora_scale" in key or "lora_magnitude" in key for key in left_over) else ""
+    return ""
 
 
-def _layers(parts: Parts, sides: Mapping[str, Tensor], said_alphas: Mapping[str, float]) -> dict[str, LoraLayer]:
+def _layers(parts: Parts, sides: Mapping[str, Tensor], said_alphas: Mapping[str, float]) -> dict[str, Layer]:
     """What one name of the file stands for, by our names."""
-    down, up, alpha = sides["down"], sides["up"], sides.get("alpha")
+    alpha = sides.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise LoraError(f"{_said(parts)} has an alpha of {alpha.numel()} values; it must be one.")
     (name, place), *others = parts
-    if alpha is None:
-        alpha = said_alphas[name] if not others and name in said_alphas else down.shape[0] if down.ndim else 1
+    if alpha is None and not others:
+        alpha = said_alphas.get(name)
     try:
+        if sides.keys() - {"down", "up", "alpha"}:
+            return {name: lycoris.layer_of(parts, sides, None if alpha is None else float(alpha))}
+        down, up = sides["down"], sides["up"]
+        if alpha is None:
+            alpha = down.shape[0] if down.ndim else 1
         layer = LoraLayer(down.float(), up.float(), float(alpha))
         if place.rows is None:
             return {name: swap_halves(layer) if place.swapped else layer}
@@ -169,13 +176,16 @@ def _layers(parts: Parts, sides: Mapping[str, Tensor], said_alphas: Mapping[str,
     return {name: layer for (name, _), layer in zip(parts, layers, strict=True) if layer is not None}
 
 
-def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Alphas by layer as diffusers' header gives them: one for each component, and patterns for exceptions."""
+def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], plain: Sequence[str]) -> dict[str, float]:
+    """Alphas by layer as diffusers' header gives them: one for each component, and patterns for exceptions. `plain` have no magnitude."""
     if ADAPTER_METADATA not in metadata:
         return {}
     try:
         settings = json.loads(metadata[ADAPTER_METADATA])
-        unreadable = [key for key, value in settings.items() if value and key.endswith((".use_dora", ".lora_bias"))]
+        unreadable = [key for key, value in settings.items() if value and key.endswith(".lora_bias")]
+        lost = [key for key in settings if key.endswith(".use_dora") and settings[key] and any(n.startswith(key[:-8]) for n in plain)]
+        if lost:
+            raise LoraError(f"It was trained with {some(lost)}, and its magnitudes are missing.")
         if unreadable:
             raise LoraError(f"It was trained with {some(unreadable)}, which cannot be read.")
         components = {key.removesuffix(".lora_alpha"): value for key, value in settings.items() if key.endswith(".lora_alpha")}
@@ -241,8 +251,7 @@ def _stored(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[
     names = Names(family, denoiser_config)
     if format not in FORMATS and format not in ("ai-toolkit", *names.dialects):
         raise LoraError(f"{family.name} has no LoRA format {format}; choose {', '.join([*FORMATS, 'ai-toolkit', *names.dialects])}.")
-    if lora.kinds() not in ([], ["lora"]):
-        raise LoraError(f"Of {' and '.join(lora.kinds())}, only lora can be written.")
+    lycoris.check_kinds(lora, format)
     lora.check()
     table = names.table(format)
     known = {name for parts in table.values() for name, _ in parts}
@@ -254,7 +263,7 @@ def _stored(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[
     if WRITTEN[format].alpha is None and not WRITTEN[format].header:
         layers = {name: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank)) for name, layer in layers.items()}
     for parts in table.values():
-        if present := [name for name, _ in parts if name in layers]:
+        if present := [name for name, _ in parts if name in layers and layers[name].kind == "lora"]:
             layers |= dict(zip(present, alike([layers[name] for name in present]), strict=True))
     stored = replace(lora, layers=layers)
     try:
@@ -265,9 +274,10 @@ def _stored(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[
 
 
 def _tensors(stored: Lora, format: str, table: Table, dtype: torch.dtype) -> dict[str, Tensor]:
-    ends, tensors = WRITTEN[format], {}
+    plain = {name: layer for name, layer in stored.layers.items() if layer.kind == "lora"}
+    ends, tensors = WRITTEN[format], lycoris.tensors_of({k: v for k, v in stored.layers.items() if k not in plain}, format, table, dtype)
     for module, parts in table.items():
-        layers = [stored.layers.get(name) for name, _ in parts]
+        layers = [plain.get(name) for name, _ in parts]
         if not any(layers):
             continue
         place = parts[0][1]
@@ -299,7 +309,7 @@ def _adapter_metadata(lora: Lora) -> dict[str, Any]:
             "lora_dropout": 0.0,
             "bias": "none",
             "use_rslora": False,
-            "use_dora": False,
+            "use_dora": any(layer.kind == "dora" for layer in layers.values()),
         }
         settings |= {f"{component}.{key}": value for key, value in config.items()}
     return settings

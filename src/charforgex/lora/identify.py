@@ -9,6 +9,7 @@ from charforgex.errors import LoraError
 from charforgex.lora.state import some
 
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".down.weight")
+LYCORIS = (".hada_w1_b", ".lokr_w1", ".lokr_w1_a")
 FLAT = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
 SDXL_TEXT, OTHER_UNETS_TEXT = 2048, (768, 1024)  # width of what the UNet's second attentions read: SDXL; Stable Diffusion 1 and 2
 FLUX_BLOCKS = {"double": 19, "single": 38}  # HunyuanVideo has names of Flux and 20 and 40 blocks
@@ -21,7 +22,7 @@ def identify(keys: Iterable[str]) -> str:
     ai-toolkit's is "diffusers": only the header tells them apart.
     """
     keys = list(keys)
-    adapted = [key for key in keys if key.endswith(DOWN)]
+    adapted = [key for key in keys if key.endswith((*DOWN, *LYCORIS))]
     if any(re.search(r"(double|single)_blocks\.\d+\.processor\.", key) for key in adapted):
         return "xlabs"
     if any(key.startswith(FLAT) for key in adapted):
@@ -31,9 +32,7 @@ def identify(keys: Iterable[str]) -> str:
     if adapted:
         return "diffusers"
     guess = ""
-    if any("hada_" in key or "lokr_" in key for key in keys):
-        guess = " They look like LyCORIS LoHa or LoKr, which cannot be read."
-    elif any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
         guess = " They look like a whole checkpoint, not an adapter."
     raise LoraError(f"None of the {len(keys)} keys is a LoRA's in a format that can be read: {some(keys)}.{guess}")
 

@@ -60,7 +60,8 @@ def build(
         "sd_model_name": base,
         "v2": False,
         "v_parameterization": prediction == "v_prediction",
-        "network_module": "networks.lora",
+        "network_module": "networks.lora" if lora.kinds() == ["lora"] else "lycoris.kohya",
+        "network_args": _network_args(lora),
         "network_dim": _one(lora.ranks()),
         "network_alpha": _one(lora.alphas()),
         "resolution": str(tuple(resolution)) if resolution else None,
@@ -86,6 +87,14 @@ def build(
     groups = {"modelspec.": modelspec, "ss_": kohya, "charforgex.": ours}
     known = {start + key: str(value) for start, group in groups.items() for key, value in group.items() if value not in (None, "")}
     return {**family.lora_labels, **known}
+
+
+def _network_args(lora: Lora) -> str | None:
+    """LyCORIS' name of the adapter's kind."""
+    kinds = [kind for kind in lora.kinds() if kind != "lora"]
+    if not kinds:
+        return None
+    return json.dumps({"algo": "lora", "dora_wd": True, "wd_on_output": True} if kinds == ["dora"] else {"algo": kinds[0]})
 
 
 def _one(values: list[float]) -> str:
