@@ -62,7 +62,7 @@ def compile_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], backend: st
 
 
 def uncompiled(measure: Callable) -> Callable:
-    """Decorates what measures: compiled blocks run there as they were written, which needs no graphs of its own and compares with any run."""
+    """Decorates what measures: compiled blocks run there as written, which needs no more graphs and compares with any run."""
 
     @wraps(measure)
     def run(*args, **kwargs):

@@ -31,6 +31,7 @@ def fit(
     are not finite changes nothing; after five in a row the last good checkpoint is taken up again with other draws, twice at most.
     Raises TrainingError then.
     """
+    device = next(iter(module.trainable.values())).device
     log = next((logger for logger in loggers if isinstance(logger, StepLog)), None)
     if module.step >= settings.steps:
         return None
@@ -49,6 +50,8 @@ def fit(
                 return asked.signal
             except NotFinite as error:
                 reasons.append(str(error))
+            finally:
+                module.to(device)  # Lightning leaves it on the CPU, where the last pictures would take hours
         checkpoint, _ = load_last_good(folder)
         if len(reasons) > MAX_ROLLBACKS:
             raise TrainingError(
