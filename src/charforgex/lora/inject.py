@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -161,6 +161,27 @@ def without_adapter(*networks: nn.Module) -> Iterator[None]:
         with _keeping_gradients(layers):
             for layer, disabled in zip(layers, before, strict=True):
                 layer.enable_adapters(not disabled)
+
+
+def leaving_casts_to_autocast(*networks: nn.Module) -> Callable[[], AbstractContextManager]:
+    """A context for whole steps, backward pass included, under autocast: in it, peft hands its layers' inputs on as they are.
+
+    Otherwise it casts them to the adapter's float32 and autocast casts them back, which changes no bit and keeps a copy of the input of
+    every adapted layer until the backward pass. Made once: looking for the layers takes longer than a step should wait.
+    """
+    layers = [layer for network in networks for layer in _tuner_layers(network)]
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cast_input_dtype_enabled = True
+
+    return context
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from charforgex.errors import CheckpointError, TrainingError
 from charforgex.families.base import Family
 from charforgex.families.process import Process
+from charforgex.lora.inject import leaving_casts_to_autocast
 from charforgex.training.live import LiveText
 from charforgex.training.losses import Objective
 from charforgex.types import Batch
@@ -107,9 +108,10 @@ class StepModule(L.LightningModule):
     @torch.no_grad()
     def _update_ema(self) -> None:
         """Decay rises from 0 with the steps (Tan & Le 2019 style), so that early averages are not the initial weights."""
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, average in self.ema.items():
-            average.lerp_(self.trainable[name].detach().to(average), 1 - decay)
+        if self.ema:
+            decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
+            raw = [self.trainable[name].detach().to(average) for name, average in self.ema.items()]
+            torch._foreach_lerp_(list(self.ema.values()), raw, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -176,8 +178,8 @@ class StepModule(L.LightningModule):
             if key.startswith("optimizer/"):
                 _, kind, name = key.split("/", 2)
                 parameter = self.trainable[name]
-                value = value.clone() if kind == "step" else value.to(parameter.device, copy=True)  # torch keeps its counters on the CPU
-                self.optimizer.state[parameter][kind] = value
+                counter = kind == "step" and not self.optimizer.defaults.get("fused")  # which torch keeps on the CPU
+                self.optimizer.state[parameter][kind] = value.to("cpu" if counter else parameter.device, copy=True)
         for group, values in zip(self.optimizer.param_groups, plain["groups"], strict=bool(plain["groups"])):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])
@@ -197,6 +199,11 @@ class DenoiserModule(StepModule):
     ):
         super().__init__(trainable, **settings)
         self.family, self.denoiser, self.process, self.objective, self.live = family, denoiser, process, objective, live
+        self.casting = nullcontext if next(denoiser.parameters()).dtype == torch.float32 else leaving_casts_to_autocast(denoiser)
+
+    def training_step(self, batch: list, index: int) -> None:
+        with self.casting():
+            super().training_step(batch, index)
 
     def losses(self, micro: Batch, key: tuple) -> Tensor:
         return self.objective.losses(self.family, self.denoiser, self.process, self.live.batch(micro), *key)

@@ -104,7 +104,7 @@ def build_optimizer(
     decay = settings.weight_decay
     match settings.name:
         case "adamw":
-            return torch.optim.AdamW(groups, weight_decay=decay)
+            return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
         case "muon":
             return Muon(groups, weight_decay=decay)
         case "adafactor":

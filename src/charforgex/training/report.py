@@ -85,11 +85,12 @@ def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] =
     """
     device = next(iter(module.trainable.values())).device
     batch = [micro.to(device) for micro in next(iter(module.make_loader(0, 0, 1)))]
-    for grid in grids:
-        module.losses(resized(batch[0], grid), ("trial",)).mean().backward()
-    started = time.perf_counter()
-    for micro in batch:
-        module.losses(micro, ("trial",)).mean().backward()
+    with module.casting():
+        for grid in grids:
+            module.losses(resized(batch[0], grid), ("trial",)).mean().backward()
+        started = time.perf_counter()
+        for micro in batch:
+            module.losses(micro, ("trial",)).mean().backward()
     for parameter in module.trainable.values():
         parameter.grad = None
     seconds = time.perf_counter() - started
