@@ -131,12 +131,15 @@ def plan(templates: Sequence[str], settings: Settings, trigger: str | None) -> l
 
 def load(stack: Stack, device: str, dtype: Any, tokenizer: str | None = None) -> Components:
     """The whole base with its LoRAs in it. Raises ModelError or LoraError."""
+    from charforgex.families.tokens import add_tokens
     from charforgex.lora.inject import load_adapter
 
     with _enough_memory("a smaller base, or dtype=bfloat16"):
         parts = stack.family.load(stack.base, dtype=dtype, device=device, tokenizer=tokenizer)
         for adapter in stack.adapters:
             load_adapter(parts, adapter.lora, adapter.name)
+            for component, rows in adapter.tokens.items():
+                add_tokens(parts, component, adapter.trigger.split()[0], rows)
     return parts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from charforgex.families.registry import FAMILIES, get
 from charforgex.families.settings import FamilySettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from charforgex.families.base import Family
     from charforgex.families.settings import Recipe
     from charforgex.generation.settings import Settings
@@ -30,6 +32,7 @@ class Adapter:
     name: str
     trigger: str | None
     lora: Lora
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # new tokens by text encoder, for the trigger's first word
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,17 @@ def read_stack(settings: Settings) -> Stack:
     for name, path in _names(paths).items():
         lora = read(path, family, config)
         lora.check()
-        adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora))
+        adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora, _tokens(path, metadata[path], family)))
     recipe = _recipe(settings, family, base, config)
     return Stack(family, base, bare, adapters, _warnings(family, bare, metadata), recipe)
+
+
+def _tokens(path: Path, header: Mapping[str, str], family: Family) -> dict[str, Tensor]:
+    """The new tokens that the LoRA was trained with, from the file beside it."""
+    from charforgex.families.tokens import read_tokens
+
+    name = header.get("charforgex.tokens")
+    return read_tokens(path.with_name(Path(name).name), family) if name else {}
 
 
 def trigger_of(metadata: Mapping[str, str]) -> str | None:

@@ -27,16 +27,18 @@ from charforgex.evaluation.identity import get_embedder
 from charforgex.families import registry
 from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, quiet, weights_hash
+from charforgex.families.tokens import save_tokens
 from charforgex.generation.schedulers import check_scheduler_name
 from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapters
+from charforgex.lora.lycoris import WRITABLE
 from charforgex.lora.metadata import build
 from charforgex.training import report
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
 from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
 from charforgex.training.curves import draw_curves
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
-from charforgex.training.live import LiveText, adapt
+from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
 from charforgex.training.logs import StepLog, read_log
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
@@ -90,6 +92,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
     settings = job.settings = with_trigger(settings, character.trigger)
+    word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
     data = bind(
         CharacterData,
         data_options(cfg),
@@ -113,10 +116,13 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     blocks = family.blocks(parts.denoiser)
     if settings.trainer.gradient_checkpointing:
         checkpoint_blocks(parts.denoiser, blocks, settings.trainer.gradient_checkpointing)
-    adapted = inject(parts.denoiser, targets, settings.lora.rank, settings.lora.alpha, cfg.seed)
-    live = LiveText(family, load_encoders(cfg, family, device, settings.text_encoder.lr is not None))
+    lora = settings.lora
+    adapted = inject(parts.denoiser, targets, lora.rank, lora.alpha, cfg.seed, ranks=lora.ranks, alphas=lora.alphas, **lora.how())
+    live = LiveText(family, load_encoders(cfg, family, device, settings.text_encoder.learns))
     if settings.text_encoder.lr is not None:
-        adapted += adapt(live, settings.lora.rank, settings.lora.alpha, cfg.seed)
+        adapted += adapt(live, lora.rank, lora.alpha, cfg.seed, **lora.how())
+    if word is not None:
+        learn_tokens(live, word, settings.text_encoder.tokens, start)
     check_disk(run_dir, adapter_parameters(parts.denoiser) | live.parameters(), settings.trainer.keep)
 
     start_run(job, data, going_on)
@@ -251,15 +257,23 @@ def make_module(
 ) -> DenoiserModule:  # fmt: skip
     s, encoders = job.settings, live.parameters()
 
+    def rate(name: str) -> float:
+        factor = s.lora.up_ratio if name.endswith(".up") else 1.0
+        if name not in encoders:
+            return factor
+        return factor * (s.text_encoder.tokens_lr if name.endswith(".tokens") else s.text_encoder.lr) / s.optimizer.lr
+
+    def decays(name: str) -> bool:
+        """Not what is no change at zero: magnitudes, tokens, and factors that begin with the base's own directions."""
+        return s.lora.init == "zero" and not name.endswith((".magnitude", ".tokens"))
+
     def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
         micro = s.trainer.accumulate
         return StepLoader(data.train_dataloader(first_step * micro, (s.trainer.steps - first_step) * micro, rank, world), micro)
 
     return DenoiserModule(
         family, parts.denoiser, family.process(parts), objective, adapter_parameters(parts.denoiser) | encoders, live,
-        make_optimizer=lambda trainable: build_optimizer(
-            s.optimizer, trainable, lambda name: s.text_encoder.lr / s.optimizer.lr if name in encoders else 1.0
-        ),
+        make_optimizer=lambda trainable: build_optimizer(s.optimizer, trainable, rate, decays),
         learning_rate=schedule(s.optimizer.schedule, s.trainer.steps, s.optimizer.warmup),
         seed=job.cfg.seed, grad_clip=s.optimizer.grad_clip, ema_decay=s.trainer.ema, make_loader=make_loader,
     )  # fmt: skip
@@ -276,8 +290,10 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -
     lines = report.objective_lines(
         family, parts, family.process(parts), objective, s.lora, adapted, s.optimizer, s.trainer, trainable, max(grids, key=math.prod)
     )
-    if module.live.networks:
+    if s.text_encoder.lr is not None:
         lines.append(("text encoders", f"{', '.join(module.live.networks)} learn with lr {s.text_encoder.lr:g}"))
+    if s.text_encoder.tokens:
+        lines.append(("new tokens", f"{s.text_encoder.tokens} in {', '.join(module.live.tokens)} with lr {s.text_encoder.tokens_lr:g}"))
     report.show(job.console, "Objective", lines)
     report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
     if s.trainer.compile:
@@ -413,10 +429,14 @@ def finish(
         seed=job.cfg.seed, config_sha256=runs.config_hash(job.cfg), dataset_sha256=data.dataset_hash,
     )  # fmt: skip
     with module.averaged():
-        lora = read_adapters({family.denoiser_name: parts.denoiser, **module.live.networks})
+        lora = read_adapters({family.denoiser_name: parts.denoiser, **module.live.adapters()})
+        tokens = save_new_tokens(job, family, module.live)
         files = {"kohya": run_dir / f"{job.cfg.name}.safetensors", "diffusers": run_dir / f"{job.cfg.name}_diffusers.safetensors"}
+        if not set(lora.kinds()) <= {"lora", *WRITABLE["diffusers"]}:
+            del files["diffusers"]  # which has no words for LoHa and LoKr
         for format, file in files.items():
-            save_verified(lora, file, format, family, parts.denoiser, metadata=metadata_of(lora), encoders=module.live.networks)
+            metadata = metadata_of(lora) | ({} if tokens is None else {"charforgex.tokens": tokens.name})
+            save_verified(lora, file, format, family, parts.denoiser, metadata=metadata, encoders=module.live.adapters())
         pictures = measuring.knowing.draw()
     measuring.knowing.sheet(pictures, run_dir / "sheet.png", f"{job.cfg.name}: {job.character.trigger}")
     draw_curves(read_log(run_dir / "metrics.csv"), run_dir / "curves.png", best.step)
@@ -425,7 +445,8 @@ def finish(
     gain = anchors.gain(best.identity)
     result = {
         "lora": str(files["kohya"]),
-        "lora_diffusers": str(files["diffusers"]),
+        "lora_diffusers": str(files["diffusers"]) if "diffusers" in files else None,
+        "tokens": tokens and str(tokens),
         "trigger": job.character.trigger,
         "value": anchors.value(best),
         "identity": {"floor": anchors.floor, "base": anchors.base, "lora": best.identity, "ceiling": anchors.ceiling, "gain": gain},
@@ -445,6 +466,14 @@ def finish(
     runs.write_result(run_dir, result)
     show_result(job, result)
     return result
+
+
+def save_new_tokens(job: Job, family: Family, live: LiveText) -> Path | None:
+    """The file of new tokens beside the LoRA, whose metadata names it; None if there are none."""
+    if not live.tokens:
+        return None
+    values = {name: new.values() for name, new in live.tokens.items()}
+    return save_tokens(job.run_dir / f"{job.cfg.name}_tokens.safetensors", family, values)
 
 
 def show_result(job: Job, result: dict[str, Any]) -> None:

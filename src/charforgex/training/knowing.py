@@ -24,8 +24,8 @@ from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.sheets import contact_sheet
 from charforgex.lora.inject import without_adapter
 from charforgex.runs import replace_atomic
-from charforgex.training.live import LiveText
 from charforgex.training.blocks import uncompiled
+from charforgex.training.live import LiveText
 from charforgex.training.losses import Objective
 from charforgex.training.settings import EvaluationSettings
 from charforgex.types import Components, Text
@@ -163,7 +163,7 @@ class Knowing:
 
     def anchors(self) -> Anchors:
         """Measured with the adapter off, so they hold for the whole run."""
-        with without_adapter(self.parts.denoiser, *self.live.networks.values()):
+        with without_adapter(self.parts.denoiser), self.live.base_speaking():
             self.base_pictures = self.draw()
             validation = self.validation_loss()
         base = self._measure(self.base_pictures)

@@ -80,6 +80,15 @@ def refuse_together(settings: Settings, pretraining: bool) -> None:
         raise ConfigError("optimizer=muon turns whole weights, not a LoRA's thin factors; it is for pretrain. Use adamw or prodigy.")
     if name == "schedule_free" and settings.trainer.ema:
         raise ConfigError(f"trainer.ema={settings.trainer.ema:g} would average what schedule_free averages already; set trainer.ema=0.")
+    rates = {
+        "lora.up_ratio": settings.lora.up_ratio * settings.optimizer.lr,
+        "text_encoder.lr": settings.text_encoder.lr,
+        "text_encoder.tokens_lr": settings.text_encoder.tokens_lr if settings.text_encoder.tokens else None,
+    }
+    for setting, rate in rates.items():
+        if name == "prodigy" and not pretraining and rate not in (None, settings.optimizer.lr):
+            way_out = "1" if setting == "lora.up_ratio" else f"{settings.optimizer.lr:g}"
+            raise ConfigError(f"optimizer=prodigy finds one rate for all that learns; set {setting}={way_out}, or choose optimizer=adamw.")
 
 
 def refuse_for_pretraining(cfg: DictConfig) -> None:
@@ -88,6 +97,7 @@ def refuse_for_pretraining(cfg: DictConfig) -> None:
         "loss.prior_weight": cfg.loss.prior_weight,
         "data.regularisation.source": cfg.data.regularisation.source,
         "text_encoder.lr": cfg.text_encoder.lr,
+        "text_encoder.tokens": cfg.text_encoder.tokens,
     }
     for name, value in asked.items():
         if value:

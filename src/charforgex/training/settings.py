@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from charforgex.config import Range
 from charforgex.errors import ConfigError
+from charforgex.lora.targets import check_patterns
 
 Positive = Annotated[int, Range(at_least=1)]
 
@@ -34,12 +35,52 @@ class RunSettings:
 class LoraSettings:
     rank: Positive = 16
     alpha: Annotated[float, Range(above=0)] = 16.0
-    targets: str | list[str] = "attention"  # a preset of the family, or suffixes of module paths
+    targets: str | list[str] = "attention"  # a preset of the family, or patterns as `lora.targets` has them
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    init: Literal["zero", "pissa"] = "zero"
+    rslora: bool = False
+    up_ratio: Annotated[float, Range(above=0)] = 1.0
+    factor: Annotated[int, Range(at_least=2)] | None = None
+    ranks: dict[str, Positive] = field(default_factory=dict)
+    alphas: dict[str, Annotated[float, Range(above=0)]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        pair = self.kind in ("lora", "dora")  # a down and an up
+        if self.factor is not None and self.kind != "lokr":
+            raise ConfigError(f"lora.factor={self.factor} has an effect in lokr only, and lora.kind is {self.kind}; leave it null.")
+        if self.init == "pissa" and self.kind != "lora":
+            raise ConfigError(
+                f"lora.init=pissa begins with the weight as a product of two factors; lora.kind={self.kind} is none, use lora."
+            )
+        if self.rslora and not pair:
+            raise ConfigError(f"lora.rslora=true is made for a product of two factors; lora.kind={self.kind} is none, use lora or dora.")
+        if self.up_ratio != 1 and not pair:
+            raise ConfigError(
+                f"lora.up_ratio={self.up_ratio:g} has no effect with lora.kind={self.kind}, which has no up; use lora or dora."
+            )
+        for name, patterns in (("targets", self.targets), ("ranks", self.ranks), ("alphas", self.alphas)):
+            check_patterns(f"lora.{name}", [] if isinstance(patterns, str) else patterns)
+
+    def how(self) -> dict[str, Any]:
+        """The options of `inject` that hold for every network."""
+        return {"kind": self.kind, "init": self.init, "rslora": self.rslora, "factor": self.factor}
 
 
 @dataclass(frozen=True)
 class TextEncoderSettings:
-    lr: Annotated[float, Range(above=0)] | None = None
+    lr: Annotated[float, Range(above=0)] | None = None  # None: no LoRA in them
+    tokens: Annotated[int, Range(at_least=0, at_most=32)] = 0
+    tokens_init: str | None = None
+    tokens_lr: Annotated[float, Range(above=0)] = 1e-3
+
+    def __post_init__(self):
+        for name in ("tokens_init", "tokens_lr"):
+            if not self.tokens and getattr(self, name) != getattr(TextEncoderSettings, name):
+                raise ConfigError(f"text_encoder.{name}={getattr(self, name)} has no effect with text_encoder.tokens=0; set it to 2, say.")
+
+    @property
+    def learns(self) -> bool:
+        return self.lr is not None or self.tokens > 0
 
 
 @dataclass(frozen=True)
