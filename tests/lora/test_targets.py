@@ -1,6 +1,6 @@
 import pytest
 
-from charforgex.errors import LoraError
+from charforgex.errors import ConfigError, LoraError
 from charforgex.lora.targets import chosen, each, fits
 
 PATHS = ["down.0.attn.to_q", "down.0.attn.to_k", "down.1.attn.to_q", "mid.ff.net.0.proj"]
@@ -29,7 +29,7 @@ def test_what_fits_nothing_is_named_with_what_there_is():
         chosen("lora.ranks", ["to_q", "to_v"], PATHS)
     with pytest.raises(LoraError, match="nothing matches"):
         chosen("lora.targets", [], PATHS)
-    with pytest.raises(LoraError, match=r"re:\[ is no regular expression"):
+    with pytest.raises(ConfigError, match=r"re:\[ is no regular expression"):
         chosen("lora.targets", ["re:["], PATHS)
 
 

@@ -45,7 +45,7 @@ def inject(
     if TRAINED in getattr(denoiser, "peft_config", {}):
         raise LoraError(f"{type(denoiser).__name__} has a trained adapter already; load the base model afresh.")
     paths = chosen("lora.targets", targets, list(modules))
-    ranks, alphas = each("lora.ranks", ranks or {}, rank, paths), each("lora.alphas", alphas or {}, alpha, paths)
+    ranks, alphas = each("lora.ranks", ranks, rank, paths), each("lora.alphas", alphas, alpha, paths)
     if rslora:
         alphas = {path: value * ranks[path] ** 0.5 for path, value in alphas.items()}
     if init == "pissa":

@@ -11,18 +11,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from charforgex.errors import LoraError
+from charforgex.errors import ConfigError, LoraError
 
 REGEX = "re:"
 
 
 def check_patterns(setting: str, patterns: Iterable[str]) -> None:
-    """Raises LoraError for a regular expression that is none."""
+    """Raises ConfigError for a regular expression that is none."""
     for pattern in patterns:
         try:
             re.compile(pattern.removeprefix(REGEX) if pattern.startswith(REGEX) else "")
         except re.error as error:
-            raise LoraError(f"{setting}: {pattern} is no regular expression: {error}.") from error
+            raise ConfigError(f"{setting}: {pattern} is no regular expression: {error}.") from error
 
 
 def fits(pattern: str, path: str) -> bool:
@@ -45,9 +45,9 @@ def chosen(setting: str, patterns: Sequence[str], paths: Sequence[str]) -> list[
     return [path for path in paths if path in wanted]
 
 
-def each(setting: str, table: Mapping[str, float], default: float, paths: Sequence[str]) -> dict[str, float]:
+def each(setting: str, table: Mapping[str, float] | None, default: float, paths: Sequence[str]) -> dict[str, float]:
     """A value for every path: of the patterns that fit it, the last one's. Raises LoraError for a pattern that fits no path."""
     values = dict.fromkeys(paths, default)
-    for pattern, value in table.items():
+    for pattern, value in (table or {}).items():
         values |= dict.fromkeys(chosen(setting, [pattern], paths), value)
     return values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -94,38 +92,41 @@ def check_optimizer(name: str, device: str) -> None:
 
 
 def build_optimizer(
-    settings: OptimizerSettings, trainable: Mapping[str, nn.Parameter], rate: Callable[[str], float] = lambda name: 1.0
-) -> torch.optim.Optimizer:
-    """The optimizer of `trainable`. `rate` says by which factor a parameter's learning rate differs from `settings.lr`."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
+    settings: OptimizerSettings, trainable: Mapping[str, nn.Parameter], rate: Callable[[str], float] = lambda name: 1.0,
+    decays: Callable[[str], bool] = lambda name: True,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimizer of `trainable`. `rate` says by which factor a parameter's learning rate differs from `settings.lr`, and `decays`
+    whether weight decay holds for it: not where zero is no rest position.
+    """
+    alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        by_rate.setdefault(rate(name), []).append(parameter)
-    groups = [{"params": parameters, "lr": settings.lr * factor} for factor, parameters in by_rate.items()]
+        alike.setdefault((rate(name), decays(name)), []).append(parameter)
     decay = settings.weight_decay
+    groups = [
+        {"params": parameters, "lr": settings.lr * factor, "weight_decay": decay * decaying}
+        for (factor, decaying), parameters in alike.items()
+    ]
     match settings.name:
         case "adamw":
-            return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(groups, fused=True)
         case "muon":
-            return Muon(groups, weight_decay=decay)
+            return Muon(groups)
         case "adafactor":
             from transformers.optimization import Adafactor
 
             # with a rate of its own, not relative to each weight's size: a LoRA's first up is zero and would never move
-            return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
+            return Adafactor(groups, scale_parameter=False, relative_step=False)
         case "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(groups, weight_decay=decay)
+            return AdamW8bit(groups)
         case "prodigy":
             from prodigyopt import Prodigy
 
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decays weights
-                return Prodigy(
-                    groups, weight_decay=decay, decouple=True, use_bias_correction=True, safeguard_warmup=True, d_coef=settings.d_coef
-                )
+            return Prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, d_coef=settings.d_coef)
         case "schedule_free":
             from schedulefree import AdamWScheduleFree
 
-            optimizer = AdamWScheduleFree(groups, weight_decay=decay)
+            optimizer = AdamWScheduleFree(groups)
             optimizer.train()
             return optimizer

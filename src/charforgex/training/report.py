@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from rich.table import Table
 from charforgex.data.datamodule import CharacterData
 from charforgex.families.base import Family
 from charforgex.families.process import Process
+from charforgex.lora.targets import each
 from charforgex.training.blocks import resized
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
@@ -47,12 +50,29 @@ def objective_lines(
         ("target", process.describe() + guidance),
         ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),
         ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}{shifted}"),
-        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale alpha/rank {lora.alpha / lora.rank:g}"),
-        ("trains", f"{len(adapted)} layers, {trainable / 1e6:.2f} M parameters, such as {adapted[0]}"),
+        ("adapter", adapter_line(lora, adapted)),
+        ("trains", f"{len(adapted)} layers, {trainable / 1e6:.3g} M parameters, such as {adapted[0]}"),
         ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("gradients", f"clipped to norm {optimizer.grad_clip:g}" if optimizer.grad_clip else "not clipped"),
         ("EMA", f"{trainer.ema:g}" if trainer.ema else "off"),
     ]  # fmt: skip
+
+
+def adapter_line(lora: LoraSettings, adapted: Sequence[str]) -> str:
+    """Kind, ranks, alphas and scales of the denoiser's adapter: the commonest, and how many layers have another."""
+    paths = [path for path in adapted if not path.startswith("text_encoder")]
+    ranks, alphas = each("lora.ranks", lora.ranks, lora.rank, paths), each("lora.alphas", lora.alphas, lora.alpha, paths)
+    scales = {path: alphas[path] / (math.sqrt(ranks[path]) if lora.rslora else ranks[path]) for path in paths}
+
+    def some(values: Mapping[str, float]) -> str:
+        (first, _), *others = Counter(f"{value:g}" for value in values.values()).most_common()
+        return first + (f" ({', '.join(f'{value} on {count} layers' for value, count in others)})" if others else "")
+
+    name = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}[lora.kind]
+    start = ", from the weights' largest directions (PiSSA)" if lora.init == "pissa" else ""
+    faster = f", up learns {lora.up_ratio:g} times as fast (LoRA+)" if lora.up_ratio != 1 else ""
+    rule = "alpha/sqrt(rank)" if lora.rslora else "alpha/rank"
+    return f"{name}{start}, rank {some(ranks)}, alpha {some(alphas)}, scale {rule} {some(scales)}{faster}"
 
 
 def data_lines(family: Family, parts: Components, data: CharacterData, count: int = 5) -> list[tuple[str, str]]:

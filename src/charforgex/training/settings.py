@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,8 +41,8 @@ class LoraSettings:
     rslora: bool = False
     up_ratio: Annotated[float, Range(above=0)] = 1.0
     factor: Annotated[int, Range(at_least=2)] | None = None
-    ranks: dict[str, Positive] = field(default_factory=dict)
-    alphas: dict[str, Annotated[float, Range(above=0)]] = field(default_factory=dict)
+    ranks: dict[str, Positive] | None = None
+    alphas: dict[str, Annotated[float, Range(above=0)]] | None = None
 
     def __post_init__(self):
         pair = self.kind in ("lora", "dora")  # a down and an up
@@ -59,7 +59,7 @@ class LoraSettings:
                 f"lora.up_ratio={self.up_ratio:g} has no effect with lora.kind={self.kind}, which has no up; use lora or dora."
             )
         for name, patterns in (("targets", self.targets), ("ranks", self.ranks), ("alphas", self.alphas)):
-            check_patterns(f"lora.{name}", [] if isinstance(patterns, str) else patterns)
+            check_patterns(f"lora.{name}", [] if isinstance(patterns, str) else patterns or [])
 
     def how(self) -> dict[str, Any]:
         """The options of `inject` that hold for every network."""
