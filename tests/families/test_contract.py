@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,6 +13,7 @@ from charforgex.lora import formats
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, set_scales, without_adapter
 from charforgex.training.losses import Objective, diffusion_loss
 from charforgex.types import Batch, Crop, Text
+from tests.families.conftest import listing
 from tests.families.rows import ROWS, Row
 
 CAPTIONS = ["a photo of a man with red hair", "a dog at the beach"]
@@ -165,7 +163,7 @@ def test_save_load_save_is_identical(row, parts, format, tmp_path):
 
 def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
     """From the listing of its published single-file checkpoints; its LoRAs are LoRAs, its denoiser alone is no base."""
-    keys = json.loads((Path(__file__).parent / "keys" / f"{row.family.name}.json").read_text())
+    keys = listing(row.family.name)
 
     def identify(shapes):
         return layouts.identify(layouts.Header(tmp_path, {key: tuple(shape) for key, shape in shapes.items()}, {}, {}, {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from charforgex.types import Components, Crop, Text
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from charforgex.families.sgm import Original
+    from charforgex.families.originals import Spelling
 
 ALL = ("denoiser", "vae", "text")
 
@@ -33,7 +33,9 @@ class Family(ABC):
     training_guidance: ClassVar[float] = 1.0  # of that vector: at 3.5, a LoRA would learn to undo the distillation
     components: ClassVar[Mapping[str, Mapping[str, str]]]  # group of ALL -> diffusers' component name -> "library.Class"
     pipelines: ClassVar[tuple[str, ...]]  # what model_index.json may name as `_class_name`
-    original: ClassVar[Mapping[str, Callable[[str, Mapping], Original]]] = {}  # component -> its spelling in single files
+    optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a base may lack
+    original: ClassVar[Mapping[str, Sequence[Spelling]]]  # component -> its spellings in single files
+    variants: ClassVar[tuple[str, ...]] = ("",)  # folders below `configs`, of the sizes that a single file may have
     lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
 
     @property
@@ -41,9 +43,9 @@ class Family(ABC):
         """The folder of configs that single-file checkpoints are read with; they hold none themselves."""
         return Path(__file__).parent / "configs" / self.name
 
-    def is_unused(self, component: str, key: str) -> bool:
-        """Whether a weight (our name) never has an effect, so that a single file may lack it."""
-        return False
+    def stand_in(self, component: str, key: str, shape: tuple[int, ...]) -> Tensor | None:
+        """What a weight (our name) is where a single file lacks it. None if it must be there, as nearly all must."""
+        return None
 
     @abstractmethod
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -52,11 +54,12 @@ class Family(ABC):
     def load(
         self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None
     ) -> Components:
-        """Load from a diffusers folder, a hub id, or one `.safetensors` checkpoint; `charworld` is the embedded base, `tiny` is `tiny()`.
+        """Load from a diffusers folder, a hub id, a `.safetensors` or `.gguf` file; `charworld` is the embedded base, `tiny` is `tiny()`.
 
-        The scheduler always comes along. Networks are in eval mode and need no gradients. A VAE that overflows in float16 is loaded
-        in float32. `tokenizer` is a folder for single files, which hold no tokenizers of their own.
-        Raises ModelError if the source is missing, unreadable, of another family, or incomplete.
+        `source` may name several with a plus between: the first that has a part gives it (docs/checkpoints.md). The scheduler always
+        comes along. With nothing in `only` all parts are looked for, and none loaded. Networks are in eval mode and need no gradients.
+        In float16, a VAE that overflows is loaded in float32 and T5 in bfloat16. `tokenizer` is a folder for single files, which hold
+        no tokenizers of their own. Raises ModelError if the source is missing, unreadable, of another family, or incomplete.
         """
         from charforgex.families.loading import load_components
 

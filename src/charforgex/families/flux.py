@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import ConfigError
-from charforgex.families import mmdit
+from charforgex.families import mmdit, originals, sgm
 from charforgex.families.base import Family
+from charforgex.families.originals import CLIP_BESIDES, T5_BESIDES, Spelling, clip, each, t5
 from charforgex.families.parts import adaptable
 from charforgex.families.process import STEPS, FlowMatching
 from charforgex.families.text import seen, t5_states, token_ids
@@ -44,6 +45,13 @@ class Flux(Family):
         },
     }
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    variants = ("dev", "schnell")
+    original: ClassVar = {
+        "transformer": [Spelling(originals.flux, ("model.diffusion_model.", ""))],
+        "vae": sgm.vae_spellings("vae.", "first_stage_model."),
+        "text_encoder": [Spelling(each(clip), ("text_encoders.clip_l.transformer.", ""), CLIP_BESIDES)],
+        "text_encoder_2": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
+    }
     lora_labels: ClassVar = {
         "modelspec.architecture": "flux-1-dev/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",

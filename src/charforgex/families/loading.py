@@ -2,54 +2,142 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from charforgex.errors import ModelError
-from charforgex.families import layouts
-from charforgex.families.parts import component_class, library, read_config
-from charforgex.families.single_file import Checkpoint, load_tokenizers, spell
-from charforgex.families.sources import Source, component_weights, read_json, resolve
+from charforgex.families.folders import Folder
+from charforgex.families.quiet import quiet as quiet
+from charforgex.families.single_file import Checkpoint
+from charforgex.families.sources import addresses, resolve
+from charforgex.families.tokenizers import find_tokenizers, load_tokenizer
 from charforgex.types import Components
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family
 
 TINY = "tiny"
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-UNACCOUNTED = {
-    "missing_keys": "lacks the weights",
-    "unexpected_keys": "has no place for the weights",
-    "mismatched_keys": "has other shapes for the weights",
-}
+
+
+class Base:
+    """The folders and files that a source names. The first of them that holds a component gives it.
+
+    `names` are the components that are wanted: of a hub repository, no others are downloaded. Raises ModelError for a source that
+    is none, is of another family, or adds nothing.
+    """
+
+    def __init__(self, family: Family, source: str, names: Sequence[str], tokenizer: str | None = None):
+        self.family, self.source, self.tokenizer = family, str(source), tokenizer
+        self.givers: dict[str, Folder | Checkpoint] = {}
+        self.files: list[Path] = []
+        for address in addresses(source):
+            found = resolve(address, family.name, [*(name for name in names if name not in self.givers), "scheduler"])
+            place = Checkpoint(family, found.path) if found.is_single_file else Folder(family, found)
+            if not place.held - self.givers.keys():
+                raise ModelError(f"{address} adds nothing: what it holds comes from those before it in source={source}.")
+            if found.is_single_file:
+                self.files.append(found.path)
+            for name in place.held:
+                self.givers.setdefault(name, place)
+        if family.denoiser_name not in self.givers:
+            held = ", ".join(sorted(self.givers))
+            raise ModelError(
+                f"{source} holds {held} and no {family.denoiser_name} of {family.name}; put the file that has it in front, with +."
+            )
+
+    @property
+    def main(self) -> Folder | Checkpoint:
+        """Whose scheduler and model_index.json count."""
+        return self.givers[self.family.denoiser_name]
+
+    def is_absent(self, name: str) -> bool:
+        """Whether this base does without a component, with its tokenizer if it is a text encoder."""
+        return (
+            name.replace("tokenizer", "text_encoder") in self.family.optional
+            and name.replace("tokenizer", "text_encoder") not in self.givers
+        )
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises ModelError unless each of the components is here, or one that the family can do without."""
+        lacking = [name for name in names if name not in self.givers and not name.startswith("tokenizer") and not self.is_absent(name)]
+        encoders = [name for name in self.family.components["text"] if name.startswith("text_encoder")]
+        if set(encoders) & set(names) and not set(encoders) & self.givers.keys():
+            lacking = sorted({*lacking, *encoders})
+        if lacking:
+            example = {"vae": "ae.safetensors"}.get(lacking[0], "clip_l.safetensors+t5xxl_fp16.safetensors")
+            raise ModelError(
+                f"{self.source} holds no {', '.join(lacking)}, which {self.family.name} needs; add what has them "
+                f"with a plus: source={self.source}+{example}"
+            )
+        for name in names:
+            if name in self.givers:
+                self.givers[name].check(name)
+        self.find_tokenizers([name for name in names if name.startswith("tokenizer")])
+
+    def find_tokenizers(self, names: Sequence[str]) -> dict[str, Path]:
+        """The folders of those that no folder of the source has itself."""
+        names = [name for name in names if name not in self.givers and not self.is_absent(name)]
+        if not self.files and self.tokenizer is not None:
+            raise ModelError(f"tokenizer={self.tokenizer} has no effect: {self.source} has its own tokenizers.")
+        return find_tokenizers(self.family, names, self.files, self.tokenizer) if names else {}
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Of a component, also of one that nobody asked for and only our own configs know."""
+        return self.givers.get(name, self.main).config(name)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The plain values of model_index.json."""
+        return {key: value for key, value in self.main.index().items() if not key.startswith("_") and not isinstance(value, (list, dict))}
+
+    def facts(self) -> dict[str, Any]:
+        return self.index | self.family.facts(
+            {name: self.config(name) for name in (self.family.denoiser_name, *self.family.components["vae"])}
+        )
+
+    def scheduler(self):
+        import diffusers
+
+        config = self.main.scheduler_config()
+        name = config.get("_class_name", "")
+        cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        if cls is None:
+            raise ModelError(f"The scheduler {name!r} of {self.main.path} is not one that diffusers has.")
+        return cls.from_config(config)
 
 
 def load_components(
     family: Family, source: str, names: Sequence[str], dtype: torch.dtype, device: str = "cpu", tokenizer: str | None = None
 ) -> Components:
-    """The named components and the scheduler. See `Family.load`."""
+    """The named components and the scheduler. Without names, everything is looked for and nothing else loaded. See `Family.load`."""
     if str(source) == TINY:
         parts = family.tiny()
         parts.drop(*(name for name in list(parts.modules) if name not in (*names, "scheduler")))
-        for network in parts.networks().values():
-            network.to(dtype)
+        for name, network in parts.networks().items():
+            config = network.config
+            network.to(safe_dtype(name, config if isinstance(config, Mapping) else config.to_dict(), dtype))
         return finish(parts, device)
-    found = resolve(source, family.name, [*names, "scheduler"])
-    if found.is_single_file:
-        parts = _from_file(family, found, names, dtype, tokenizer)
-    else:
-        if tokenizer is not None:
-            raise ModelError(f"tokenizer={tokenizer} has no effect: {source} has its own tokenizers.")
-        parts = _from_folder(family, found, names, dtype)
-    _check_vocabulary(parts)
+    base = Base(family, source, names, tokenizer)
+    base.check(names or [name for group in family.components.values() for name in group])
+    modules: dict[str, Any] = {"scheduler": base.scheduler()}
+    wanted = [name for name in names if name.startswith("tokenizer") and not base.is_absent(name)]
+    if tokenizer is not None and names and not wanted:
+        raise ModelError(f"tokenizer={tokenizer} has no effect: no text encoder is loaded.")
+    homes = base.find_tokenizers(wanted)
+    for name in wanted:
+        modules[name] = load_tokenizer(family, name, homes[name]) if name in homes else base.givers[name].tokenizer(name)
+    parts = Components(base.source, family.denoiser_name, modules, base.facts())
     family.process(parts)  # raises now if the scheduler is one that training cannot follow
+    for name in names:
+        if not name.startswith("tokenizer") and not base.is_absent(name):
+            modules[name] = base.givers[name].load(name, safe_dtype(name, base.config(name), dtype))
+    _check_vocabulary(parts)
     return finish(parts, device)
 
 
@@ -60,129 +148,30 @@ def finish(parts: Components, device: str = "cpu") -> Components:
     return parts
 
 
-def safe_dtype(name: str, config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The stock SDXL VAE overflows in float16 and says so by `force_upcast`: it stays in float32 then."""
-    return torch.float32 if dtype == torch.float16 and name == "vae" and config.get("force_upcast") else dtype
+def safe_dtype(name: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, unless it is float16 and the part overflows in it.
 
-
-def _from_file(family: Family, source: Source, names: Sequence[str], dtype: torch.dtype, tokenizer: str | None) -> Components:
-    checkpoint = Checkpoint(family, source.path)
-    configs = {name: read_config(family.configs, name) for name in family.original}
-    scheduler = checkpoint.scheduler_config()
-    modules: dict[str, Any] = {"scheduler": _scheduler(scheduler, source.path)}
-    wanted = [name for name in names if name.startswith("tokenizer")]
-    if wanted:
-        modules |= load_tokenizers(wanted, source.path, tokenizer)
-    elif tokenizer is not None:
-        raise ModelError(f"tokenizer={tokenizer} has no effect: no text encoder is loaded.")
-    for name in names:
-        if name in family.original:
-            modules[name] = checkpoint.load(name, safe_dtype(name, configs[name], dtype))
-    return Components(
-        source.address, family.denoiser_name, modules, _plain(read_json(family.configs / "model_index.json")) | family.facts(configs)
-    )
-
-
-def _from_folder(family: Family, source: Source, names: Sequence[str], dtype: torch.dtype) -> Components:
-    index = _checked_index(family, source.path)
-    configs = {name: read_config(source.path, name) for name in (family.denoiser_name, *family.components["vae"])}
-    modules: dict[str, Any] = {"scheduler": _scheduler(read_config(source.path, "scheduler"), source.path)}
-    for name in names:
-        folder = source.path / name
-        if not folder.is_dir():
-            raise ModelError(f"{source.path} has no folder {name}, which {family.name} needs; the download or copy is incomplete.")
-        modules[name] = _tokenizer(family, folder, name) if name.startswith("tokenizer") else _network(family, source, name, dtype)
-    return Components(source.address, family.denoiser_name, modules, _plain(index) | family.facts(configs))
-
-
-def _checked_index(family: Family, folder: Path) -> dict[str, Any]:
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in family.pipelines:
-        raise ModelError(f"{folder} holds a {pipeline}, not a base of family {family.name} ({' or '.join(family.pipelines)}).")
-    return index
-
-
-def _plain(index: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, (list, dict))}
-
-
-def _scheduler(config: dict[str, Any], where: Path):
-    import diffusers
-
-    name = config.get("_class_name", "")
-    cls = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if cls is None:
-        raise ModelError(f"The scheduler {name!r} of {where} is not one that diffusers has.")
-    return cls.from_config(config)
-
-
-def _tokenizer(family: Family, folder: Path, name: str):
-    if not any((folder / file).is_file() for file in VOCABULARIES):  # transformers would make an empty one
-        raise ModelError(f"{folder} holds no vocabulary ({' or '.join(VOCABULARIES)}); the download or copy is incomplete.")
-    try:
-        return component_class(family, name).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"The tokenizer in {folder} cannot be read: {error}") from error
-
-
-def _network(family: Family, source: Source, name: str, dtype: torch.dtype):
-    folder = source.path / name
-    config = read_config(source.path, name)
-    weights, files = component_weights(folder, source.variants)
-    for file in files[weights.is_sharded :]:
-        layouts.read_header(file)
-    options = {"diffusers": {"low_cpu_mem_usage": True}, "transformers": {}}[library(family, name)]
-    try:
-        with quiet():
-            network, account = component_class(family, name).from_pretrained(
-                folder, variant=weights.variant, use_safetensors=True, local_files_only=True, output_loading_info=True,
-                dtype=safe_dtype(name, config, dtype), **options,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ModelError(f"{name} of {source.path} cannot be loaded: {error}") from error
-    for kind, what in UNACCOUNTED.items():
-        if account.get(kind):
-            raise ModelError(f"{name} of {source.path} {what} {spell([str(key) for key in account[kind]])}.")
-    return network
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' own progress bars and warnings: what they would say of weights we raise, and the rest helps nobody."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [
-        (logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in (diffusers_logging, transformers_logging)
-    ]
-    for logging, _, _ in before:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging, verbosity, shows_progress in before:
-            logging.set_verbosity(verbosity)
-            if shows_progress:
-                logging.enable_progress_bar()
+    The stock VAEs do and say so by `force_upcast`: they stay in float32. T5-XXL was trained in bfloat16, whose range it uses.
+    """
+    if dtype == torch.float16 and name == "vae" and config.get("force_upcast"):
+        return torch.float32
+    return torch.bfloat16 if dtype == torch.float16 and config.get("model_type") == "t5" else dtype
 
 
 def denoiser_config(family: Family, source: str) -> dict[str, Any]:
     """The denoiser's config, by which a LoRA file is read, without loading any weights. Raises ModelError."""
     if str(source) == TINY:
         return dict(family.tiny().denoiser.config)
-    found = resolve(source, family.name, [])
-    return read_config(family.configs if found.is_single_file else found.path, family.denoiser_name)
+    return Base(family, source, []).main.config(family.denoiser_name)
 
 
 def _check_vocabulary(parts: Components) -> None:
-    for suffix in ("", "_2"):
-        tokenizer, encoder = parts.modules.get(f"tokenizer{suffix}"), parts.modules.get(f"text_encoder{suffix}")
-        if tokenizer is not None and encoder is not None and len(tokenizer) > encoder.config.vocab_size:
+    for name, encoder in parts.networks().items():
+        tokenizer = parts.modules.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and tokenizer is not None and len(tokenizer) > encoder.config.vocab_size:
             raise ModelError(
-                f"tokenizer{suffix} has {len(tokenizer)} tokens, text_encoder{suffix} of {parts.source} knows {encoder.config.vocab_size}: "
-                "they do not belong together."
+                f"{name.replace('text_encoder', 'tokenizer')} has {len(tokenizer)} tokens, {name} of {parts.source} knows "
+                f"{encoder.config.vocab_size}: they do not belong together."
             )
 
 
@@ -194,62 +183,23 @@ def weights_hash(family: Family, source: str, group: str, tokenizer: str | None 
     names = family.components[group]
     if str(source) == TINY:
         return _tiny_hash(family, names)
-    found = resolve(source, family.name, names)
+    base = Base(family, source, list(names), tokenizer)
+    base.check(list(names))
+    homes = base.find_tokenizers([name for name in names if name.startswith("tokenizer")])
     digest = hashlib.sha256(f"{family.name}/{group}".encode())
-    if found.is_single_file:
-        checkpoint = Checkpoint(family, found.path)
-        header, stamp = checkpoint.header, _stamp(found.path)
-        for key, span in checkpoint.group_spans(names).items():
-            digest.update(f"{key} {header.dtypes[key]} {header.shapes[key]} {_span_hash(stamp, *span)}".encode())
-        for name in names:
-            if name in family.original:
-                digest.update(json.dumps(read_config(family.configs, name), sort_keys=True).encode())
-            elif name.startswith("tokenizer"):
-                tokens = load_tokenizers([name], found.path, tokenizer)[name]
-                digest.update(json.dumps([tokens.get_vocab(), tokens.pad_token], sort_keys=True).encode())
-        index = read_json(family.configs / "model_index.json")
-    else:
-        for name in names:
-            for file in _component_files(found, name):
-                digest.update(f"{name}/{file.name} {_file_hash(_stamp(file))}".encode())
-        index = _checked_index(family, found.path)
-    digest.update(json.dumps(_plain(index), sort_keys=True).encode())
+    for name in names:
+        if base.is_absent(name):
+            digest.update(f"{name} absent".encode())
+        elif name in homes:
+            digest.update(f"{name} {_vocabulary(load_tokenizer(family, name, homes[name]))}".encode())
+        else:
+            digest.update(f"{name} {base.givers[name].digest(name)}".encode())
+    digest.update(json.dumps(base.index, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _component_files(source: Source, name: str) -> list[Path]:
-    folder = source.path / name
-    if not folder.is_dir():
-        raise ModelError(f"{source.path} has no folder {name}; the download or copy is incomplete.")
-    plain = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt") and ".index." not in file.name]
-    return plain if name.startswith("tokenizer") else [*plain, *component_weights(folder, source.variants)[1]]
-
-
-Stamp = tuple[str, int, int]
-
-
-def _stamp(file: Path) -> Stamp:
-    """A file whose size and time are unchanged is not read again within a process."""
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns
-
-
-@cache
-def _file_hash(stamp: Stamp) -> str:
-    with open(stamp[0], "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@cache
-def _span_hash(stamp: Stamp, start: int, end: int) -> str:
-    digest = hashlib.sha256()
-    with open(stamp[0], "rb") as file:
-        file.seek(start)
-        while start < end:
-            block = file.read(min(1 << 24, end - start))
-            digest.update(block)
-            start += len(block)
-    return digest.hexdigest()
+def _vocabulary(tokenizer) -> str:
+    return json.dumps([tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.model_max_length], sort_keys=True)
 
 
 def _tiny_hash(family: Family, names: Sequence[str]) -> str:
@@ -257,7 +207,7 @@ def _tiny_hash(family: Family, names: Sequence[str]) -> str:
     for name in names:
         module = parts[name]
         if name.startswith("tokenizer"):
-            digest.update(json.dumps([module.get_vocab(), module.pad_token], sort_keys=True).encode())
+            digest.update(_vocabulary(module).encode())
         else:
             for key, tensor in sorted(module.state_dict().items()):
                 digest.update(key.encode() + tensor.contiguous().numpy().tobytes())

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from charforgex.errors import ConfigError
-from charforgex.families import mmdit
+from charforgex.families import mmdit, originals, sgm
 from charforgex.families.base import Family
+from charforgex.families.originals import CLIP_BESIDES, T5_BESIDES, Spelling, clip, each, each_but_projection, t5
 from charforgex.families.parts import adaptable
 from charforgex.families.process import STEPS, FlowMatching
 from charforgex.families.text import clip_states, seen, t5_states, token_ids
@@ -48,11 +49,24 @@ class Sd3(Family):
         },
     }
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    optional = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    variants = ("medium", "35_medium", "35_large")
+    original: ClassVar = {
+        "transformer": [Spelling(originals.sd3, ("model.diffusion_model.", ""))],
+        "vae": sgm.vae_spellings("first_stage_model.", "vae."),
+        "text_encoder": [Spelling(each_but_projection, ("text_encoders.clip_l.transformer.", ""), CLIP_BESIDES)],
+        "text_encoder_2": [Spelling(each(clip), ("text_encoders.clip_g.transformer.", ""))],
+        "text_encoder_3": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
+    }
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-3/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",
         "ss_base_model_version": "sd3",
     }
+
+    def stand_in(self, component: str, key: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Stability AI's code takes CLIP-L's pooled state as it is: for diffusers' class its projection is the identity."""
+        return torch.eye(*shape) if (component, key) == ("text_encoder", "text_projection.weight") else None
 
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Besides the sizes, the widths of the text: they say what an absent encoder's zeros must be."""

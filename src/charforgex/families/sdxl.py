@@ -12,6 +12,7 @@ from torch import Tensor
 from charforgex.errors import ConfigError
 from charforgex.families import sgm
 from charforgex.families.base import Family
+from charforgex.families.originals import CLIP_BESIDES, Spelling, clip, each
 from charforgex.families.parts import adaptable
 from charforgex.families.process import Ddpm
 from charforgex.families.text import clip_states, seen, token_ids
@@ -39,16 +40,22 @@ class Sdxl(Family):
         },
     }
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
-    original: ClassVar = {"unet": sgm.unet, "vae": sgm.vae, "text_encoder": sgm.clip_l, "text_encoder_2": sgm.clip_g}
+    original: ClassVar = {
+        "unet": [Spelling(each(sgm.unet), ("model.diffusion_model.",))],
+        "vae": sgm.vae_spellings("first_stage_model."),
+        "text_encoder": [Spelling(each(clip), ("conditioner.embedders.0.transformer.", ""), CLIP_BESIDES)],
+        "text_encoder_2": [Spelling(each(sgm.clip_g), ("conditioner.embedders.1.model.",)), Spelling(each(clip), ("",))],
+    }
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "ss_base_model_version": "sdxl_base_v1-0",
     }
 
-    def is_unused(self, component: str, key: str) -> bool:
+    def stand_in(self, component: str, key: str, shape: tuple[int, ...]) -> Tensor | None:
         """The first encoder gives its penultimate states alone; some checkpoints leave its last layer out."""
-        return component == "text_encoder" and bool(re.search(r"(^|\.)(encoder\.layers\.11|final_layer_norm)\.", key))
+        unused = component == "text_encoder" and re.search(r"(^|\.)(encoder\.layers\.11|final_layer_norm)\.", key)
+        return torch.zeros(shape) if unused else None
 
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Pixels per latent, what picture sides must be a multiple of, and the side at which the base was trained."""
@@ -112,7 +119,7 @@ class Sdxl(Family):
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
         paths = adaptable(self, denoiser_config)
         original = {path: sgm.unet(f"{path}.weight", denoiser_config).key for path in paths}
-        return {path: Place(key.removeprefix(sgm.UNET).removesuffix(".weight")) for path, key in original.items()}
+        return {path: Place(key.removesuffix(".weight")) for path, key in original.items()}
 
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         if preset not in TARGETS:

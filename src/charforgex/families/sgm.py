@@ -1,19 +1,11 @@
-"""The original ("SGM") spelling of SDXL's parts, as single-file checkpoints have it, for every tensor of our modules.
-
-The direction is always from the diffusers name to the original one: then the set of keys that a file must hold is
-known exactly, at any size of network, and both what is missing and what is left over can be named.
-"""
+"""The original ("SGM") spelling of SDXL's UNet and of Stability AI's VAE, and OpenCLIP's of its text encoder, tensor by tensor."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from torch import Tensor
-
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+from charforgex.families.originals import Original, Spelling, each
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -48,32 +40,6 @@ CLIP_G_ENDS = {
 }
 
 
-@dataclass(frozen=True)
-class Original:
-    """Where a tensor stands in a single file, and how it is stored there."""
-
-    key: str
-    third: int | None = None  # which of query, key, value, which open_clip stacks along the first dimension
-    transposed: bool = False
-    convolved: bool = False  # a linear layer stored as a 1x1 convolution
-
-    def shape(self, ours: Iterable[int]) -> tuple[int, ...]:
-        """The stored shape of a tensor that has shape `ours` in our module."""
-        rows, *rest = ours
-        if self.third is not None:
-            return (3 * rows, *rest)
-        if self.transposed:
-            return (*rest, rows)
-        return (rows, *rest, 1, 1) if self.convolved else (rows, *rest)
-
-    def read(self, stored: Tensor) -> Tensor:
-        if self.third is not None:
-            return stored.chunk(3)[self.third].clone()  # parts of one storage could not be saved again
-        if self.transposed:
-            return stored.T
-        return stored[..., 0, 0] if self.convolved else stored
-
-
 def _rename(name: str, table: Mapping[str, str]) -> str | None:
     """`name` with the module in front of its `.weight` or `.bias` renamed, None if the table lacks it."""
     module, _, leaf = name.rpartition(".")
@@ -83,21 +49,21 @@ def _rename(name: str, table: Mapping[str, str]) -> str | None:
 def unet(name: str, config: Mapping) -> Original:
     """`config` gives the layers per block and which up blocks attend: blocks are numbered through in the original."""
     if renamed := _rename(name, UNET_ENDS):
-        return Original(UNET + renamed)
+        return Original(renamed)
     if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
         kind, i, rest = found[1], int(found[2]), found[3]
-        return Original(f"{UNET}middle_block.{2 * i + (kind == 'attentions')}.{_inner(kind, rest)}")
+        return Original(f"middle_block.{2 * i + (kind == 'attentions')}.{_inner(kind, rest)}")
     found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
     assert found, f"{name} is no UNet2DConditionModel name that SDXL has"
     side, block, kind, i, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
     per_block = config["layers_per_block"] + 1
     if kind == "downsamplers":
-        return Original(f"{UNET}input_blocks.{(block + 1) * per_block}.0.{rest.replace('conv.', 'op.')}")
+        return Original(f"input_blocks.{(block + 1) * per_block}.0.{rest.replace('conv.', 'op.')}")
     if kind == "upsamplers":
         attends = config["up_block_types"][block] == "CrossAttnUpBlock2D"
-        return Original(f"{UNET}output_blocks.{(block + 1) * per_block - 1}.{1 + attends}.{rest}")
+        return Original(f"output_blocks.{(block + 1) * per_block - 1}.{1 + attends}.{rest}")
     number = block * per_block + i + (side == "down")
-    return Original(f"{UNET}{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{_inner(kind, rest)}")
+    return Original(f"{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{_inner(kind, rest)}")
 
 
 def _inner(kind: str, rest: str) -> str:
@@ -119,25 +85,26 @@ def vae(name: str, config: Mapping) -> Original:
     if found := re.fullmatch(r"(.+)\.mid_block\.attentions\.0\.(.+)", name):
         inner = _rename(found[2], VAE_ATTENTION)
         assert inner, f"{name} is not in an AutoencoderKL of SDXL"
-        return Original(f"{VAE}{found[1]}.mid.attn_1.{inner}", convolved=inner.endswith("weight") and not inner.startswith("norm"))
-    return Original(VAE + name)
+        return Original(f"{found[1]}.mid.attn_1.{inner}", convolved=inner.endswith("weight") and not inner.startswith("norm"))
+    return Original(name)
 
 
-def clip_l(name: str, config: Mapping) -> Original:
-    return Original(CLIP_L + name.removeprefix("text_model."))
+def vae_spellings(*prefixes: str) -> list[Spelling]:
+    """Of Stability AI's and Black Forest Labs' VAEs: the original one, also in a file of its own, and diffusers'."""
+    return [Spelling(each(vae), (*prefixes, "")), Spelling(each(lambda key, config: Original(key)), ("",))]
 
 
 def clip_g(name: str, config: Mapping) -> Original:
     name = name.removeprefix("text_model.")
     if name == "text_projection.weight":
-        return Original(CLIP_G + "text_projection", transposed=True)
+        return Original("text_projection", transposed=True)
     if name in CLIP_G_ENDS:
-        return Original(CLIP_G + CLIP_G_ENDS[name])
+        return Original(CLIP_G_ENDS[name])
     found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
     assert found, f"{name} is not in a CLIPTextModelWithProjection"
-    block = f"{CLIP_G}transformer.resblocks.{found[1]}."
+    block = f"transformer.resblocks.{found[1]}."
     if stacked := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", found[2]):
-        return Original(f"{block}attn.in_proj_{stacked[2]}", third="qkv".index(stacked[1]))
+        return Original(f"{block}attn.in_proj_{stacked[2]}", rows=(third := "qkv".index(stacked[1]), third + 1, 3))
     renamed = _rename(found[2], CLIP_G_LAYER)
     assert renamed, f"{name} is not in a CLIPTextModelWithProjection"
     return Original(block + renamed)

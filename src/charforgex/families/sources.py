@@ -1,6 +1,6 @@
-"""Where a base model's files are: the embedded one, a diffusers folder, a hub id, or one `.safetensors` checkpoint.
+"""Where a base model's files are: the embedded one, a diffusers folder, a hub id, a `.safetensors` or `.gguf` file, or several of them.
 
-Nothing here loads weights. Only safetensors and JSON are ever opened, because a pickled file can run code.
+Nothing here loads weights. Only safetensors, GGUF and JSON are ever opened, because a pickled file can run code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from charforgex.errors import ModelError
 EMBEDDED = "charworld"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+CHECKPOINTS = (".safetensors", ".gguf")
 LOCAL_VARIANTS = (None, "fp16", "bf16")
 HUB_VARIANTS = ("fp16", None, "bf16")  # half the download; bases are published from training in half precision
 
@@ -35,6 +36,19 @@ class Source:
     def is_single_file(self) -> bool:
         return self.path.is_file()
 
+    @property
+    def is_local(self) -> bool:
+        """Not a hub's snapshot, which has what was asked for so far."""
+        return self.variants is not HUB_VARIANTS
+
+
+def addresses(source: str) -> list[str]:
+    """The single addresses of `a.safetensors+b.safetensors`. Paths that hold a plus themselves go between ` + `."""
+    source = str(source)
+    if Path(source).expanduser().exists():
+        return [source]
+    return [address.strip() for address in source.split(" + " if " + " in source else "+")]
+
 
 def resolve(address: str, family_name: str, components: Collection[str]) -> Source:
     """Find a base model's files, downloading those of `components` alone if it is a hub id. Raises ModelError."""
@@ -49,7 +63,7 @@ def resolve(address: str, family_name: str, components: Collection[str]) -> Sour
         return Source(address, _checked_file(path))
     if path.is_dir():
         return Source(address, _checked_folder(path))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address) and path.suffix != ".safetensors":
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address) and path.suffix not in CHECKPOINTS:
         return Source(address, _hub_folder(address, components), HUB_VARIANTS)
     raise ModelError(
         f"source={address} does not exist.{_nearest(path)} A diffusers folder, a .safetensors file, a hub id or {EMBEDDED} is wanted."
@@ -59,7 +73,7 @@ def resolve(address: str, family_name: str, components: Collection[str]) -> Sour
 def _checked_file(path: Path) -> Path:
     if path.suffix in PICKLES:
         raise ModelError(f"{path} is a pickled checkpoint, which can run code when it is opened; convert it to .safetensors first.")
-    if path.suffix != ".safetensors":
+    if path.suffix not in CHECKPOINTS:
         raise ModelError(f"{path} is not a .safetensors checkpoint.")
     return path
 
@@ -164,7 +178,8 @@ def _cached_folder(repo: str, components: Collection[str], unreachable: Exceptio
     if not isinstance(index, str):
         raise ModelError(f"source={repo} is no local path and not in the hub's local cache, and {reason}. {way_out}") from unreachable
     folder = Path(index).parent
-    absent = [name for name in components if not (folder / name).is_dir()]
+    listed = read_json(Path(index))
+    absent = [name for name in components if not (folder / name).is_dir() and any(listed.get(name, (True,)) or ())]
     if absent:
         raise ModelError(f"source={repo} is in the hub's local cache without {', '.join(absent)}, and {reason}. {way_out}") from unreachable
     return folder
