@@ -5,12 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from charforgex.errors import ConfigError
+from charforgex.errors import ConfigError, LoraError
 from charforgex.families.loading import load_components
+from charforgex.families.tokens import save_tokens, usual_length
+from charforgex.generation.run import load
+from charforgex.generation.settings import Settings
+from charforgex.generation.stack import read_stack
 from charforgex.lora import formats
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapters, without_adapter
-from charforgex.training.live import LiveText, adapt
+from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
 from charforgex.training.losses import Objective
+from charforgex.training.settings import TextEncoderSettings
 from charforgex.types import Batch, Components, Crop, Prior
 from tests.families.rows import ROWS
 
@@ -127,3 +132,65 @@ def test_without_them_nothing_is_loaded_and_the_cache_speaks():
     assert live.encode(CAPTIONS, text) is text
     with pytest.raises(ConfigError, match=r"text_encoder\.lr has no effect.*no CLIP"):
         adapt(LiveText(family, Components("a base", "unet")), 2, 2.0, 0)
+
+
+def with_tokens(family, count=2):
+    """Encoders whose new tokens for "zkx" have learnt something, without a LoRA."""
+    names = [name for clip in family.clip_encoders for name in (clip, clip.replace("text_encoder", "tokenizer"))]
+    live = LiveText(family, load_components(family, "tiny", names, torch.float32))
+    learn_tokens(live, "zkx", count, "girl")
+    return live
+
+
+def test_new_tokens_are_all_that_learns_and_lower_the_loss(family):
+    live, base = with_tokens(family), family.tiny()
+    cached = family.encode_text(base, CAPTIONS)
+    assert {name: p.shape for name, p in live.parameters().items()} == {f"{name}.tokens": (2, 32) for name in family.clip_encoders}
+    batch, process = batch_of(family, base, cached), family.process(base)
+    optimizer, losses = torch.optim.AdamW(live.parameters().values(), lr=3e-2), []
+    for _ in range(25):
+        loss = Objective().losses(family, base.denoiser, process, live.batch(batch), "same").sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1e-4, losses
+    learning = {id(p) for network in live.networks.values() for p in network.parameters() if p.requires_grad}
+    assert learning == {id(new.rows) for new in live.tokens.values()}
+    for name, new in live.tokens.items():
+        assert new.values().norm(dim=1).max() <= usual_length(family.tiny(), name) * (1 + 1e-5)
+    with live.base_speaking():
+        assert live.encode(CAPTIONS, cached) is cached
+    assert live.batch(batch).text is not cached
+
+
+def test_generation_finds_the_tokens_beside_the_lora(family, tmp_path):
+    live, base = with_tokens(family), family.tiny()
+    move(live.parameters())
+    inject(base.denoiser, family.lora_targets("attention", base.denoiser.config), 2, 2.0)
+    move(adapter_parameters(base.denoiser))
+    path = tmp_path / "x.safetensors"
+    metadata = {"charforgex.family": family.name, "charforgex.trigger": "zkx woman", "charforgex.tokens": "x_tokens.safetensors"}
+    lora = read_adapters({family.denoiser_name: base.denoiser, **live.adapters()})
+    formats.save_verified(lora, path, "kohya", family, base.denoiser, metadata=metadata)
+    with pytest.raises(LoraError, match=r"x_tokens\.safetensors cannot be read.*beside the LoRA"):
+        read_stack(Settings(lora=str(path), base="tiny", prompt="a zkx woman"))
+    save_tokens(tmp_path / "x_tokens.safetensors", family, {name: new.values() for name, new in live.tokens.items()})
+    parts = load(read_stack(Settings(lora=str(path), base="tiny", prompt="a zkx woman")), "cpu", torch.float32)
+    text = family.encode_text(parts, CAPTIONS)
+    with torch.no_grad():
+        assert not differ(text, live.encode(CAPTIONS, family.encode_text(base, CAPTIONS)))
+    assert differ(text, family.encode_text(base, CAPTIONS))
+
+
+def test_what_new_tokens_need():
+    assert word_and_start("zatoki old woman", None) == ("zatoki", "old woman")
+    assert word_and_start("ohwx", "man") == ("ohwx", "man")
+    with pytest.raises(ConfigError, match=r"tokens needs data\.trigger"):
+        word_and_start(None, "man")
+    with pytest.raises(ConfigError, match=r"set text_encoder\.tokens_init"):
+        word_and_start("ohwx", None)
+    with pytest.raises(ConfigError, match=r"tokens_lr=0\.1 has no effect with text_encoder\.tokens=0"):
+        TextEncoderSettings(tokens_lr=0.1)
+    with pytest.raises(ConfigError, match=r"text_encoder\.tokens has no effect.*no CLIP"):
+        learn_tokens(LiveText(ROWS[0].family, Components("a base", "unet")), "zkx", 2, "man")
