@@ -1,4 +1,4 @@
-"""Transformers in GGUF files: quantised weights stay as they are in memory, and each layer unpacks its own when it is used."""
+"""Transformers in GGUF files: quantised weights stay packed in memory, and each layer unpacks its own when it is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charforgex.errors import ModelError
@@ -14,7 +15,7 @@ from charforgex.families.layouts import Header
 from charforgex.families.originals import Original
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType, GGUFReader
 
 PLAIN = ("F32", "F16")
 
@@ -41,9 +42,46 @@ def read_gguf_header(path: Path) -> Header:
     )
 
 
+def unpack(packed: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """Rows of bytes (out, bytes) to rows of numbers (out, in)."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    return dequantize_gguf_tensor(GGUFParameter(packed, quant_type=kind))
+
+
+class _Unpacking(torch.autograd.Function):
+    """x W^T + b, where backwards unpacks W again: autograd would keep every layer's unpacked weight until then."""
+
+    @staticmethod
+    def forward(context, x: Tensor, packed: Tensor, bias: Tensor | None, kind: GGMLQuantizationType) -> Tensor:
+        context.packed, context.kind = packed, kind
+        return F.linear(x, unpack(packed, kind).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        return gradient @ unpack(context.packed, context.kind).to(gradient.dtype), None, None, None
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear layer. Its `weight` is unpacked for whoever asks, as adapters do that start from it or measure it."""
+
+    def __init__(self, packed: Tensor, kind: GGMLQuantizationType, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.kind, self.dtype = in_features, out_features, kind, dtype
+        self.register_buffer("packed", packed, persistent=True)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        return unpack(self.packed, self.kind).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Unpacking.apply(x, self.packed, self.bias, self.kind)
+
+
 def read_tensors(path: Path, originals: Mapping[str, Original], dtype: torch.dtype, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors by name. Linear layers of `network` whose weight is quantised become ones that take it so, and compute in `dtype`."""
-    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+    """Our tensors by name. Linear layers of `network` whose weight is quantised become packed ones, which have `packed` for `weight`."""
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
     stored = {tensor.name: tensor for tensor in _open(path).tensors}
     for key, original in originals.items():
@@ -55,14 +93,10 @@ def read_tensors(path: Path, originals: Mapping[str, Original], dtype: torch.dty
             continue
         if kind not in SUPPORTED_GGUF_QUANT_TYPES:
             raise ModelError(f"{path} holds {original.key} as {kind.name}, which diffusers cannot unpack; take a GGUF of Q8_0 to Q4_K.")
-        packed = GGUFParameter(rows, quant_type=kind)
-        path_in_network, _, leaf = key.rpartition(".")
-        module = network.get_submodule(path_in_network)
+        place, _, leaf = key.rpartition(".")
+        module = network.get_submodule(place)
         if kind.name == "BF16" or leaf != "weight" or not isinstance(module, nn.Linear):
-            yield key, dequantize_gguf_tensor(packed).to(dtype)
+            yield key, unpack(rows, kind).to(dtype)
             continue
-        with torch.device("meta"):
-            linear = GGUFLinear(module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype)
-            linear.weight = GGUFParameter(torch.empty_like(rows, device="meta"), quant_type=kind)
-        network.set_submodule(path_in_network, linear)
-        yield key, packed
+        network.set_submodule(place, PackedLinear(rows, kind, module.in_features, module.out_features, module.bias is not None, dtype))
+        yield f"{place}.packed", rows

@@ -157,11 +157,10 @@ class Checkpoint:
     def load(self, name: str, dtype: torch.dtype) -> nn.Module:
         """One of the networks that are held. Each tensor is read for itself, so that memory holds the network once."""
         network = empty(self.family, name, self.config(name))
-        shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         state = dict(self._tensors(name, dtype, network))
-        for key, shape in shapes.items():
+        for key, tensor in network.state_dict().items():
             if key not in state:
-                state[key] = self.family.stand_in(name, key, shape).to(dtype)
+                state[key] = self.family.stand_in(name, key, tuple(tensor.shape)).to(dtype)
         network.load_state_dict(state, strict=True, assign=True)
         if library(self.family, name) == "transformers":
             network.tie_weights()
