@@ -197,6 +197,13 @@ def test_rates_by_name_make_groups_that_move_by_their_own_steps(tmp_path):
         (["optimizer=schedule_free", "trainer.ema=0", "optimizer.schedule=cosine"], "optimizer.schedule=constant"),
         (["optimizer.name=prodigy"], "choose optimizer=prodigy"),
         (["optimizer=prodigy", "optimizer.name=adamw", "optimizer.d_coef=2"], "d_coef=2"),
+        (["optimizer=prodigy", "lora.up_ratio=16"], r"one rate.*lora\.up_ratio=1,"),
+        (["optimizer=prodigy", "text_encoder.lr=1e-4"], r"one rate.*text_encoder\.lr=1,"),
+        (["lora.kind=dora", "lora.init=pissa"], r"lora\.init=pissa.*lora\.kind=dora"),
+        (["lora.kind=loha", "lora.rslora=true"], r"lora\.rslora=true.*lora\.kind=loha"),
+        (["lora.kind=lokr", "lora.up_ratio=16"], r"lora\.up_ratio=16.*lora\.kind=lokr"),
+        (["lora.factor=4"], r"lora\.factor=4.*lokr only"),
+        (["lora.targets=['re:to_(q']"], r"lora\.targets: re:to_\(q is no regular expression"),
     ],
 )
 def test_what_excludes_each_other_is_refused_by_name(overrides, words):

@@ -31,8 +31,8 @@ def test_flux():
     assert said["target"] == "rectified flow, velocity, guidance vector 1"
     assert said["loss"] == "mse, weighting none"
     assert said["noise levels"].endswith("t = 1 noise, logit_normal, shifted by 1.878 for the largest picture")
-    assert said["LoRA"] == "rank 16, alpha 16, scale alpha/rank 1"
-    assert said["trains"].startswith("2 layers, 0.01 M parameters")
+    assert said["adapter"] == "LoRA, rank 16, alpha 16, scale alpha/rank 1"
+    assert said["trains"].startswith("2 layers, 0.0123 M parameters")
     assert plan("flux", config={"guidance_embeds": False})["target"] == "rectified flow, velocity"
     assert "shifted by 3.158 for" in plan("flux", grid=(128, 128))["noise levels"]
 
@@ -74,3 +74,12 @@ def test_each_encoder_says_what_it_cuts_off(name, said):
     cuts = [cut for _, cut in family.seen_text(parts, LONG)]
     assert cut_off(family, parts, [LONG, "a dog"]) == said.format(*cuts)
     assert cut_off(family, parts, ["a dog"] * 3) == "0 of 3 are cut off"
+
+
+def test_the_adapter_as_it_is():
+    said = plan("sdxl", "lora.kind=dora", "lora.rslora=true", "lora.up_ratio=4", "lora.ranks={b:4}", "lora.alphas={d:8}")["adapter"]
+    assert said == (
+        "DoRA, rank 4 (16 on 1 layers), alpha 16 (8 on 1 layers), scale alpha/sqrt(rank) 8 (2 on 1 layers), "
+        "up learns 4 times as fast (LoRA+)"
+    )
+    assert plan("sdxl", "lora.init=pissa")["adapter"].startswith("LoRA, from the weights' largest directions (PiSSA), rank 16")
