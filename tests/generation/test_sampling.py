@@ -11,8 +11,18 @@ from charforgex.families.flux import Flux
 from charforgex.families.process import FlowMatching, shifted
 from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
-from charforgex.generation.sampling import check_size, encode_prompts, initial_noise, needs_negative, sample, sample_latents, to_images
+from charforgex.generation.sampling import (
+    check_sampling,
+    check_size,
+    encode_prompts,
+    initial_noise,
+    needs_negative,
+    sample,
+    sample_latents,
+    to_images,
+)
 from charforgex.generation.schedulers import FLOW_SAMPLERS, SAMPLERS, build_scheduler, check_scheduler_name
+from charforgex.generation.settings import SamplingSettings
 from charforgex.types import Components
 
 FAMILY = Sdxl()
@@ -222,6 +232,18 @@ def test_guidance_of_no_effect_is_refused(flow_parts):
     for name, family in FLOW.items():
         with pytest.raises(ConfigError, match=rf"guidance_rescale=0.7 has no meaning for {name}"):
             needs_negative(family, flow_parts[name], 1.0, guidance_rescale=0.7)
+
+
+def test_settings_are_checked_without_networks(flow_parts):
+    """As before a training, and before a base is loaded."""
+    bare = {name: parts if name == "scheduler" else None for name, parts in flow_parts["sd3"].modules.items()}
+    bare = Components("sd3", "transformer", bare, flow_parts["sd3"].config)
+    asked = {"steps": 5, "guidance": 4.5, "true_guidance": 1.0}
+    assert type(check_sampling(FLOW["sd3"], bare, SamplingSettings(**asked, scheduler="unipc"))).__name__ == "UniPCMultistepScheduler"
+    with pytest.raises(ConfigError, match="scheduler=ddim is for"):
+        check_sampling(FLOW["sd3"], bare, SamplingSettings(**asked, scheduler="ddim"))
+    with pytest.raises(ConfigError, match="negative=a dog has no effect with guidance=1; guidance must be above 1"):
+        check_sampling(FLOW["sd3"], bare, SamplingSettings(**asked | {"guidance": 1.0}, negative="a dog"))
 
 
 @pytest.mark.parametrize("scheduler", ["checkpoint", "euler_a", "unipc"])

@@ -47,15 +47,15 @@ def generate(cfg: Any) -> dict[str, Any]:
     templates = read_prompts(settings.prompt, settings.prompt_file)
     _check_out(settings)
 
+    from charforgex.generation.sampling import check_sampling
     from charforgex.generation.stack import read_stack
 
     stack = read_stack(settings)
     settings = settings.filled(stack.recipe)
-    _check_guidance(settings, stack)
+    scheduler = check_sampling(stack.family, stack.bare, settings, settings.guidance_rescale)
     trigger = _trigger(settings, stack, templates)
     check_templates(templates, settings.wildcard_dir, trigger)
     size = _size(settings, stack)
-    scheduler = _scheduler(settings, stack)
     device, dtype = _device(settings), _dtype(settings)
     jobs = plan(templates, settings, trigger)
     out = create_run_dir(ROOT, "") if settings.out is None else settings.out
@@ -200,18 +200,6 @@ def _trigger(settings: Settings, stack: Stack, templates: Sequence[str]) -> str 
     return ", ".join(dict.fromkeys(adapter.trigger for adapter in stack.adapters if adapter.trigger)) or None
 
 
-def _check_guidance(settings: Settings, stack: Stack) -> None:
-    from charforgex.generation.sampling import needs_negative
-
-    guided = needs_negative(stack.family, stack.bare, settings.guidance, settings.true_guidance, settings.guidance_rescale)
-    scale = "true_guidance" if stack.family.has_true_guidance else "guidance"
-    for name in ("negative", "guidance_rescale"):
-        if getattr(settings, name) and not guided:
-            raise ConfigError(
-                f"{name}={getattr(settings, name)} has no effect with {scale}={getattr(settings, scale):g}; {scale} must be above 1."
-            )
-
-
 def _size(settings: Settings, stack: Stack) -> tuple[int, int]:
     from charforgex.generation.sampling import check_size
 
@@ -220,12 +208,6 @@ def _size(settings: Settings, stack: Stack) -> tuple[int, int]:
     check_size((height,), multiple, name="height")
     check_size((width,), multiple, name="width")
     return height, width
-
-
-def _scheduler(settings: Settings, stack: Stack):
-    from charforgex.generation.schedulers import build_scheduler
-
-    return build_scheduler(stack.bare["scheduler"], settings.scheduler, settings.steps)
 
 
 def _device(settings: Settings) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from charforgex.families.base import Family
+    from charforgex.generation.settings import SamplingSettings
 
 OnStep = Callable[[int, int], None]  # denoising steps done, steps in all
 
@@ -120,6 +121,18 @@ def needs_negative(family: Family, parts: Components, guidance: float, true_guid
             f"guidance={guidance:g} has no effect: {parts.source} has no input for it. Set guidance=1, or true_guidance={guidance:g}."
         )
     return true_guidance > 1
+
+
+def check_sampling(family: Family, parts: Components, settings: SamplingSettings, guidance_rescale: float = 0.0):
+    """The scheduler that filled settings ask for. Raises ConfigError where they cannot work or have no effect on this base, of which the
+    scheduler and the facts are enough."""
+    scheduler = build_scheduler(parts["scheduler"], settings.scheduler, settings.steps)
+    guided = needs_negative(family, parts, settings.guidance, settings.true_guidance, guidance_rescale)
+    scale = "true_guidance" if family.has_true_guidance else "guidance"
+    for name, value in {"negative": settings.negative, "guidance_rescale": guidance_rescale}.items():
+        if value and not guided:
+            raise ConfigError(f"{name}={value} has no effect with {scale}={getattr(settings, scale):g}; {scale} must be above 1.")
+    return scheduler
 
 
 def _conditions(text: Text, like: Tensor, prefix: str = "") -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ class SamplingSettings:
     negative: str = ""
     batch_size: Positive = 8
 
+    def __post_init__(self):
+        check_scheduler_name(self.scheduler)
+
     def filled(self, recipe: Recipe):
         own = {"steps": recipe.sampling_steps, "guidance": recipe.guidance, "true_guidance": recipe.true_guidance}
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
@@ -70,7 +73,7 @@ class Settings(SamplingSettings):
     logger: LoggerSettings = field(default_factory=LoggerSettings)
 
     def __post_init__(self):
-        check_scheduler_name(self.scheduler)
+        super().__post_init__()
         if self.seeds is not None and not self.seeds:
             raise ConfigError("seeds=[] is an empty list; name seeds, or leave it out and say count=4.")
         if self.wildcard_dir is not None and not self.wildcard_dir.is_dir():

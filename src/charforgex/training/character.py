@@ -28,7 +28,7 @@ from charforgex.families import registry
 from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, quiet, weights_hash
 from charforgex.families.tokens import save_tokens
-from charforgex.generation.schedulers import check_scheduler_name
+from charforgex.generation.sampling import check_sampling
 from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapters
 from charforgex.lora.lycoris import WRITABLE
@@ -84,7 +84,6 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
-    check_scheduler_name(settings.sampling.scheduler)
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
@@ -111,6 +110,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     load_parts = loader(cfg, family, device)
     base = load_parts([])  # the scheduler alone, and what the configs tell
     objective.check(family.process(base))
+    check_sampling(family, base, settings.sampling)
     check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
     blocks = family.blocks(parts.denoiser)
