@@ -281,7 +281,10 @@ def _save(picture, out: Path, job: Job, number_of_jobs: int, recipe: Recipe) -> 
 
 def _public_name(base: str) -> str:
     """A path says something about its owner's machine, so pictures carry its last part alone."""
-    return Path(base).expanduser().resolve().name if Path(base).expanduser().exists() else base
+    from charforgex.families.sources import addresses
+
+    paths = {address: Path(address).expanduser() for address in addresses(base)}
+    return "+".join(path.resolve().name if path.exists() else address for address, path in paths.items())
 
 
 def _truncated(stack: Stack, parts: Components, jobs: list[Job]) -> list[dict[str, Any]]:
