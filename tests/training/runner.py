@@ -57,8 +57,12 @@ def child(overrides: list[str], kill_at_save: int | None, signal_at_step: list |
 
 def main() -> None:
     import charforgex.training.character  # noqa: F401 - what the children need, imported once
-    from charforgex.families.sdxl import Sdxl  # noqa: F401
+    from charforgex.families.parts import component_class
+    from charforgex.families.registry import FAMILIES, get
 
+    for family in map(get, FAMILIES):
+        for name in (name for group in family.components.values() for name in group):
+            component_class(family, name)
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
