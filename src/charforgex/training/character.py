@@ -87,7 +87,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
-        check_compiler(choose_device(settings.trainer.accelerator))
+        check_compiler(device)
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
     settings = job.settings = with_trigger(settings, character.trigger)
