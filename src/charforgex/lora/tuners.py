@@ -94,13 +94,14 @@ def _dora() -> Any:
         def forward(module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **_) -> Tensor:
             base, down, up = module.get_base_layer(), module.lora_A[active_adapter], module.lora_B[active_adapter]
             scale = module.lora_alpha[active_adapter] / module.r[active_adapter]
-            shape = (1, -1, 1, 1) if base.weight.ndim == 4 else (-1,)
+            weight = base.weight  # once: a packed one is unpacked here
+            shape = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
             with torch.no_grad():  # the norm counts as a constant (section 4.3 of the paper)
-                moved = base.weight.float().flatten(1) + scale * (up.weight.flatten(1) @ down.weight.flatten(1))
+                moved = weight.float().flatten(1) + scale * (up.weight.flatten(1) @ down.weight.flatten(1))
                 norm = torch.linalg.norm(moved, dim=1)
             gain = (module.lora_magnitude_vector[active_adapter].weight.flatten() / norm).view(shape)
             alone = module.base_layer is base and list(module.active_adapters) == [active_adapter]
-            plain = result if alone else base(x.to(base.weight.dtype))
+            plain = result if alone else base(x.to(weight.dtype))
             plain = plain if base.bias is None else plain - base.bias.view(shape)
             change = (gain - 1) * plain + gain * scale * up(down(x))
             return result + change * (module.scaling[active_adapter] / scale)
