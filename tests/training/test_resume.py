@@ -114,9 +114,8 @@ def test_kills_change_nothing_in_any_family(runner, tmp_path, family):
 @pytest.mark.parametrize(
     "options",
     [
-        ["lora.kind=dora", "lora.rslora=true", "optimizer=prodigy"],
+        ["lora.kind=lokr", "lora.ranks={to_q:2}", "optimizer=prodigy"],
         ["lora.init=pissa", "lora.up_ratio=16", "optimizer=schedule_free", "trainer.ema=0"],
-        ["lora.kind=lokr", "lora.ranks={to_q:2}", "optimizer=adafactor"],
     ],
     ids=lambda options: options[0],
 )
