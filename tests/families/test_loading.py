@@ -114,6 +114,15 @@ def test_shards(folder, tiny_parts):
         FAMILY.load(str(folder))
 
 
+def test_a_sharded_t5(benches, tmp_path):
+    bench = benches("flux")
+    folder = Path(shutil.copytree(bench.folder, tmp_path / "base"))
+    next((folder / "text_encoder_2").glob("*.safetensors")).unlink()
+    bench.parts["text_encoder_2"].save_pretrained(folder / "text_encoder_2", max_shard_size="20KB")
+    assert len(list((folder / "text_encoder_2").glob("*-of-*.safetensors"))) > 1
+    same_networks(bench.family.load(str(folder)), bench.parts)
+
+
 def test_v_prediction_and_zero_snr_of_a_folder(folder):
     edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     process = FAMILY.process(FAMILY.load(str(folder), only=("vae",)))
@@ -240,6 +249,16 @@ def test_hub_offline(offline_hub, tiny_folder, tiny_parts):
     assert "vae" in FAMILY.load("some/base", only=("vae",))
     with pytest.raises(ModelError, match=r"local cache without text_encoder, and HF_HUB_OFFLINE is set"):
         FAMILY.load("some/base")
+
+
+def test_hub_offline_without_an_encoder_that_the_base_does_without(offline_hub, benches):
+    bench = benches("sd3")
+    names = [entry.name for entry in bench.folder.iterdir() if not entry.name.endswith("_3")]
+    snapshot = cache_snapshot(offline_hub, "some/sd3", bench.folder, *names)
+    with pytest.raises(ModelError, match=r"local cache without tokenizer_3, text_encoder_3"):
+        bench.family.load("some/sd3")
+    edit_json(snapshot / "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
+    assert {"text_encoder", "text_encoder_2"} == {name for name in bench.family.load("some/sd3").networks() if "text" in name}
 
 
 def test_hub_downloads_only_what_is_needed(tiny_folder):

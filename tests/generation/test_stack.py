@@ -1,12 +1,19 @@
 """The family of LoRAs that say nothing about themselves: known from their keys and shapes, before anything is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from charforgex.config import bind, compose
 from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.families.settings import FamilySettings
+from charforgex.generation import stack
 from charforgex.generation.settings import Settings
 from charforgex.generation.stack import read_stack
+from tests.families.conftest import Bench
 from tests.lora import published
 
 
@@ -35,3 +42,20 @@ def test_loras_of_two_families_are_told_apart(tmp_path):
 def test_a_lora_of_no_family_of_ours_asks_for_one(tmp_path):
     with pytest.raises(ConfigError, match="does not say which family it is for"):
         read_stack(Settings(lora=foreign(tmp_path / "x.safetensors", "HunyuanVideo"), base="tiny", prompt="a cat"))
+
+
+def test_a_base_without_tokenizers_of_its_own_takes_those_that_are_named(tmp_path, monkeypatch):
+    """A single file of the tiny model's size, and the two settings that say where its tokenizers are."""
+    bench = Bench("flux", tmp_path)
+    monkeypatch.setattr(stack, "get", lambda name: bench.family)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "alone").mkdir()
+    path = str(tmp_path / "alone" / "flux.safetensors")
+    save_file(bench.whole(), path)
+    plain = Settings(base=path, prompt="a cat")
+    with pytest.raises(ModelError, match="comes without its tokenizers"):
+        read_stack(plain)
+    assert read_stack(replace(plain, tokenizer=str(bench.folder))).base == path
+    cfg = compose("generate", ["family=flux_dev", f"family.source={path}", f"family.tokenizer={bench.folder}"])
+    family = bind(FamilySettings, cfg.family, "family")
+    assert read_stack(replace(plain, base=None, family=family)).base == path

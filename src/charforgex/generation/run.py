@@ -66,7 +66,7 @@ def generate(cfg: Any) -> dict[str, Any]:
 
     with report.progress(len(jobs)) as bar, _hashing(stack) as base_hash:
         bar.say(f"loading {stack.base}")
-        parts = load(stack, device, dtype, settings.tokenizer or (settings.family and settings.family.tokenizer))
+        parts = load(stack, device, dtype, settings.tokenizers)
         loaded = time.perf_counter()
         truncated = _truncated(stack, parts, jobs)
         common = dict(

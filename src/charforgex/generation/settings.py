@@ -84,6 +84,11 @@ class Settings(SamplingSettings):
                     raise ConfigError(f"{name} has no effect without a LoRA; say lora=<file.safetensors>.")
         self.combinations()
 
+    @property
+    def tokenizers(self) -> str | None:
+        """The folder of tokenizers: this setting's, else the family's."""
+        return self.tokenizer or (self.family.tokenizer if self.family is not None else None)
+
     def lora_paths(self) -> list[Path]:
         paths = [self.lora] if isinstance(self.lora, str) else self.lora or []
         return [Path(path).expanduser() for path in paths]

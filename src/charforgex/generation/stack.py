@@ -62,7 +62,7 @@ def read_stack(settings: Settings) -> Stack:
     family = get(_family_name(settings, said))
     base, said_by = _base(settings, metadata)
     try:
-        bare = family.load(base, only=())
+        bare = family.load(base, only=(), tokenizer=settings.tokenizers)
         config = denoiser_config(family, base)
     except ModelError as error:
         if settings.family is None and not paths and Path(base).expanduser().exists():
