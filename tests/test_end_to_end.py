@@ -109,9 +109,29 @@ def test_wandb_offline(tmp_path):
     assert len(files) == 1 and files[0].stat().st_size > 1000, output
 
 
-def test_five_lines_of_python(tmp_path, monkeypatch):
+SAID = {
+    "sdxl": ["DDPM epsilon", "min-SNR 5", "t = 1 noise, uniform"],
+    "flux": ["rectified flow, velocity, guidance vector 1", "weighting none", "logit_normal, shifted by 1.58 for the largest picture"],
+    "sd3": ["rectified flow, velocity", "weighting none", "logit_normal, shifted by 1.878"],
+}
+ARCHITECTURES = {"sdxl": "stable-diffusion-xl-v1-base/lora", "flux": "flux-1-dev/lora", "sd3": "stable-diffusion-3"}
+
+
+@pytest.mark.parametrize("family", SAID)
+def test_five_lines_of_python(tmp_path, monkeypatch, capsys, family):
+    """Each family goes the same way: trained, saved, and drawn with."""
     monkeypatch.chdir(tmp_path)
     import charforgex
 
-    result = charforgex.train(debug="tiny", trainer={"steps": 2}, name="python")
-    assert Path(result["lora"]).is_file()
+    result = charforgex.train(family=family, debug="tiny", name="python", **{"trainer.steps": 2})
+    drawn = charforgex.generate(
+        lora=result["lora"], prompt="a portrait of a {trigger}", count=1, steps=2, width=32, height=32, out="pictures"
+    )
+    output = " ".join(capsys.readouterr().out.split())
+    for words in (*SAID[family], "t = 0 clean", "scale alpha/rank 1", "are cut off", "for 2 steps"):
+        assert words in output, words
+    with safe_open(result["lora"], "pt") as file:
+        assert file.metadata()["modelspec.architecture"].startswith(ARCHITECTURES[family])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    assert any(tensor.abs().max() > 0 for key, tensor in tensors.items() if ".lora_up." in key), "nothing was learnt"
+    assert Image.open(tmp_path / drawn["pictures"][0]["file"]).size == (32, 32)
