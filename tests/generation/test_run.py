@@ -40,22 +40,25 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weightless(base, tmp_path_factory):
-    """The base without its weights: whoever tries to load them fails, so other errors came first."""
-    folder = tmp_path_factory.mktemp("weightless") / "tiny-base"
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    """The base with files that hold no weights: whoever tries to load them fails, so other errors came first."""
+    return without_weights(base, tmp_path_factory.mktemp("weightless") / "tiny-base")
+
+
+def without_weights(base, folder):
+    shutil.copytree(base, folder)
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")
     return folder
 
 
 @pytest.fixture(scope="module")
 def flow_bases(tmp_path_factory):
-    """Of Flux and SD3, whole and without weights."""
+    """Of Flux and SD3, whole and with files that hold no weights."""
     found = {}
     for name in ("flux", "sd3"):
         family, folder = get(name), tmp_path_factory.mktemp(name) / "tiny-base"
         family.pipeline(family.tiny()).save_pretrained(folder)
-        bare = folder.with_name("weightless")
-        shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-        found[name] = folder, bare
+        found[name] = folder, without_weights(folder, folder.with_name("weightless"))
     return found
 
 
@@ -119,7 +122,9 @@ def test_loras_of_flux_and_sd3(flow_bases, tmp_path, name, numbers):
     lora = lora_file(tmp_path / "zqx.safetensors", base, family=get(name))
     ask = {"prompt": "{trigger}, {red|blue} hat", "count": 1, "width": 48, "height": 32}
     run = charforgex.generate(lora=lora, scales=[0, 1], out=tmp_path / "grid", **ask)
-    plain = charforgex.generate(family=name, base=base, trigger="zqx", out=tmp_path / "plain", steps=numbers[0], guidance=numbers[1], **ask)
+    published = {"flux": "flux_dev", "sd3": "sd35_medium"}[name]
+    plain = charforgex.generate(family=published, base=base, trigger="zqx", out=tmp_path / "plain", **ask)
+    assert plain["settings"] == run["settings"]
     assert (run["family"], run["base"]) == (name, str(base))
     assert tuple(run["settings"][key] for key in ("steps", "guidance", "true_guidance")) == numbers
     off, on, own = (pixels(picture["file"]) for picture in (*run["pictures"], *plain["pictures"]))
@@ -133,7 +138,7 @@ def test_loras_of_flux_and_sd3(flow_bases, tmp_path, name, numbers):
 
 
 def test_flux_with_a_negative_prompt(flow_bases, tmp_path):
-    ask = {"family": "flux", "base": flow_bases["flux"][0], "prompt": "a cat", "count": 2, "sheet": False, **QUICK}
+    ask = {"family": "flux_dev", "base": flow_bases["flux"][0], "prompt": "a cat", "count": 2, "sheet": False, **QUICK}
     runs = [
         charforgex.generate(**ask, out=tmp_path / str(number), **more)
         for number, more in enumerate([{}, {"true_guidance": 3}, {"true_guidance": 3, "negative": "a dog", "scheduler": "dpmpp_2m"}])
@@ -157,10 +162,11 @@ def test_flux_with_a_negative_prompt(flow_bases, tmp_path):
     ],
 )
 def test_refused_of_flux_and_sd3_before_weights_load(flow_bases, tmp_path, name, settings, message):
-    ask = {"family": name, "base": flow_bases[name][1], "prompt": "a", "out": tmp_path / "out"}
+    published = {"flux": "flux_dev", "sd3": "sd3_medium"}
+    ask = {"family": published[name], "base": flow_bases[name][1], "prompt": "a", "out": tmp_path / "out"}
     with pytest.raises(ConfigError, match=message):
         charforgex.generate(**ask | settings)
-    with pytest.raises(ModelError, match="holds no weights"):  # the check of the check
+    with pytest.raises(ModelError, match="is not a whole"):  # the check of the check
         charforgex.generate(**ask)
 
 
@@ -305,7 +311,7 @@ def test_loras_are_checked_before_weights_load(weightless, tmp_path):
     with pytest.raises(LoraError, match=r"1 of \d+ keys belong to no module of this sdxl model: lora_unet_nowhere"):
         charforgex.generate(lora=tmp_path / "stray.safetensors", base=weightless, **ask)
 
-    with pytest.raises(ModelError, match="holds no weights"):  # the check of the check: with all else right, weights are what is missing
+    with pytest.raises(ModelError, match="is not a whole"):  # the check of the check: with all else right, weights are what is missing
         charforgex.generate(lora=good, **ask)
 
 
