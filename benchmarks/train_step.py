@@ -1,18 +1,18 @@
-"""What a LoRA training step costs: python benchmarks/train_step.py [--quick] [--diffusers-script train_dreambooth_lora_sdxl.py]
+"""What a LoRA training step costs: python benchmarks/train_step.py [--quick] [--diffusers-scripts diffusers/examples/dreambooth]
 
-Everything is measured in one run, in turn, on one random model of SDXL's layout and the same drawn pictures. CPU seconds with one
-thread on a CPU, seconds on a GPU. The last line is one JSON object: ratios are ours divided by theirs, smaller is better.
+Everything is measured in one run, in turn, family by family, on random models of the families' layouts and the same drawn pictures.
+CPU seconds with one thread on a CPU, seconds on a GPU. The last line is one JSON object: ratios are ours divided by theirs, smaller
+is better; each ends in the family's name.
 
 step_vs_plain        our step, everything that train.py does between two measurements (Lightning, data, losses, clipping, AdamW, logs;
                      EMA off)  against  a hand-written diffusers + peft loop over latents and texts that lie ready
 step_vs_floor        our step  against  forward and backward of the denoiser alone, without adapter, loss of nothing, optimizer
-step_vs_diffusers    our step  against  a step of diffusers' example script, given by its path; each in a process of its own
+step_vs_diffusers    our step  against  a step of diffusers' example script of the family, unchanged; each in a process of its own
 memory_vs_diffusers  the peak of those two processes up to their last step: encoding what there is to encode included
 
---scale mini is SDXL with a quarter of its widths and one transformer block a place (40 M parameters, 88 adapted layers) at 256 px;
-deep an eighth of its widths at its full depth (40 M, 560 layers): what each layer costs besides its arithmetic weighs most there; real
-is SDXL itself, in bfloat16 at 1024 px, for a GPU: also steps a second, peak memory and the share of the chip's bfloat16 peak.
---compile compiles all three in-process sides.
+--scale mini: SDXL with a quarter of its widths and one transformer block a place (40 M parameters), Flux and SD3 of 9 M; deep: narrow
+and at full depth, where what each layer costs besides its arithmetic weighs most; both at 256 px. real: for a GPU, SDXL, FLUX.1-dev or
+SD3.5-large at 512 and 1024 px in batches of 1 and 4 in bfloat16, eager and compiled; see `measure_real`.
 """
 
 from __future__ import annotations
@@ -21,154 +21,48 @@ import argparse
 import json
 import os
 import platform
-import resource
 import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where a test loads this file
+from random_bases import SCALES, T5_TOKENS, build_denoiser, save_base
+from step_sides import (
+    WARM_UP,
+    Clock,
+    Setup,
+    count_flops,
+    floor,
+    make_module,
+    matrix_rate,
+    ours,
+    peak_bytes,
+    plain,
+    random_batches,
+    scheduler_of,
+)
+
 if TYPE_CHECKING:
-    from torch import nn
-
     from charforgex.data.datamodule import CharacterData
-    from charforgex.training.module import DenoiserModule
-    from charforgex.types import Batch
 
-GOALS = {"step_vs_plain.sdxl": 1.10, "step_vs_floor.sdxl": 1.25, "step_vs_diffusers.sdxl": 0.55, "memory_vs_diffusers.sdxl": 0.85}
-WARM_UP = 2  # steps that do not count
+GOALS = {
+    "step_vs_plain": {"sdxl": 1.10, "flux": 1.10, "sd3": 1.10},
+    "step_vs_floor": {"sdxl": 1.25, "flux": 1.25, "sd3": 1.25},
+    "step_vs_diffusers": {"sdxl": 0.55, "flux": 0.40, "sd3": 0.40},
+    "memory_vs_diffusers": {"sdxl": 0.85, "flux": 0.85, "sd3": 0.85},
+}
+FAMILIES = ("sdxl", "flux", "sd3")
 PROMPT = "a portrait of a person"
 PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1}  # dense bfloat16 TFLOP/s, from the makers' data sheets
-SCALES = {  # widths divided by, transformer blocks a level, resolution, pictures' side, steps a round, rounds
-    "quick": (16, [1, 1, 2], 64, 128, 6, 2),
-    "mini": (4, [1, 1, 1], 256, 1024, 10, 5),
-    "deep": (8, [1, 2, 10], 256, 1024, 10, 5),
-    "real": (1, [1, 2, 10], 1024, 1024, 20, 3),
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is measured; the same for every side."""
-
-    scale: str
-    device: str
-    dtype: str
-    resolution: int
-    batch_size: int
-    rank: int
-    steps: int  # of a round
-    rounds: int
-    threads: int
-    compile: str | None
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device != "cpu"
-
-    def autocast(self):
-        import torch
-
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bfloat16")
-
-
-# ---- the clock ----
-
-
-class Clock:
-    """Called at the end of every step. On a CPU it reads the process's CPU seconds, on a GPU the time."""
-
-    def __init__(self, steps: int, on_gpu: bool):
-        self.steps, self.on_gpu = steps, on_gpu
-        self.times: list[float] = []
-        self.peaks: list[int] = []
-
-    def __call__(self, *_) -> None:
-        if self.on_gpu and len(self.times) + 1 in (WARM_UP, self.steps):  # only there: a wait at every step would cost time itself
-            import torch
-
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter() if self.on_gpu else time.process_time())
-        self.peaks.append(peak_bytes(self.on_gpu))
-
-    def seconds(self) -> float:
-        """Of one step: the median of those after the first ones; on a GPU their mean, as single steps are not waited for."""
-        assert len(self.times) == self.steps, f"{len(self.times)} of {self.steps} steps were seen"
-        if self.on_gpu:
-            return (self.times[-1] - self.times[WARM_UP - 1]) / (self.steps - WARM_UP)
-        counted = self.times[WARM_UP - 1 :]
-        return statistics.median(after - before for before, after in pairwise(counted))
-
-    def at_optimizer(self):
-        """Have it called after every step of any optimizer until the returned handle is removed."""
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
-        return register_optimizer_step_post_hook(self)
-
-
-def peak_bytes(on_gpu: bool) -> int:
-    """The most memory so far: of the GPU, else resident in this process."""
-    if on_gpu:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":  # where ru_maxrss begins at what the parent process held
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 
 # ---- the model and the pictures ----
-
-
-def narrowed(name: str, config: dict, by: int, depth: list[int], vocabulary: int) -> dict:
-    """SDXL's own config of a component with all widths divided, and the vocabulary of the tokenizers that need no download."""
-    widths = {
-        "unet": ("cross_attention_dim", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
-        "vae": (),
-        "text_encoder": ("hidden_size", "intermediate_size", "projection_dim"),
-        "text_encoder_2": ("hidden_size", "intermediate_size", "projection_dim"),
-    }[name]
-    config = config | {key: config[key] // by for key in widths}
-    if name == "unet":
-        config |= {"block_out_channels": [width // by for width in config["block_out_channels"]], "norm_num_groups": 32 if by == 1 else 4}
-        config |= {"transformer_layers_per_block": depth}
-    elif name == "vae":
-        # at most by 4, which its group norms need; at a quarter of its widths it has 5.3 M parameters
-        config |= {"block_out_channels": [width // min(by, 4) for width in config["block_out_channels"]]}
-    else:
-        config |= {"vocab_size": vocabulary}
-    return config
-
-
-def save_base(setup: Setup, folder: Path) -> None:
-    """A random base model of SDXL's layout as an ordinary diffusers folder."""
-    import diffusers
-    import torch
-
-    from charforgex.families.parts import build, read_config
-    from charforgex.families.sdxl import Sdxl
-    from charforgex.families.tiny import clip_tokenizer
-    from charforgex.types import Components
-
-    family, (by, depth, *_) = Sdxl(), SCALES[setup.scale]
-    dtype = getattr(torch, setup.dtype)
-    modules = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
-    torch.manual_seed(0)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        config = narrowed(name, read_config(family.configs, name), by, depth, len(modules["tokenizer"]))
-        with torch.device(setup.device):
-            modules[name] = build(family, name, config).to(dtype)
-    scheduler = read_config(family.configs, "scheduler")
-    modules["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
-    facts = family.facts({name: modules[name].config for name in ("unet", "vae")})
-    family.pipeline(Components("random", family.denoiser_name, modules, facts)).save_pretrained(folder)
 
 
 def draw_pictures(folder: Path, side: int, count: int = 8) -> None:
@@ -185,157 +79,20 @@ def draw_pictures(folder: Path, side: int, count: int = 8) -> None:
 
 def prepare_data(setup: Setup, model: Path, pictures: Path, cache: Path) -> CharacterData:
     """Our data with everything encoded, as train.py has it before its first step. The encoders are gone when this returns."""
-    import torch
-
     from charforgex.data.datamodule import CharacterData
     from charforgex.families.loading import weights_hash
-    from charforgex.families.sdxl import Sdxl
 
-    family, dtype = Sdxl(), getattr(torch, setup.dtype)
+    family = setup.get_family()
     data = CharacterData(
         pictures, cache, setup.resolution, default_caption=PROMPT, batch_size=setup.batch_size, caption_dropout=0.0, val_count=0
     )  # fmt: skip
-    facts = family.load(str(model), [], dtype)
+    facts = setup.load(model, [])
     data.prepare(
-        family, lambda groups: family.load(str(model), groups, dtype, setup.device),
+        family, lambda groups: setup.load(model, groups),
         weights={group: weights_hash(family, str(model), group) for group in ("vae", "text")},
         pixel_multiple=family.pixel_multiple(facts), latent_stride=family.latent_stride(facts), dtype=setup.dtype, progress=False,
     )  # fmt: skip
     return data
-
-
-def load_denoiser(setup: Setup, model: Path) -> nn.Module:
-    import torch
-
-    from charforgex.families.sdxl import Sdxl
-
-    return Sdxl().load(str(model), ["denoiser"], getattr(torch, setup.dtype), setup.device).denoiser
-
-
-def compile_denoiser(setup: Setup, denoiser: nn.Module) -> None:
-    if setup.compile == "blocks":
-        denoiser.compile_repeated_blocks()
-    elif setup.compile == "model":
-        denoiser.compile()
-
-
-# ---- the sides: each makes a function that does `setup.steps` steps and calls the clock at the end of each ----
-
-Side = Callable[[Clock], None]
-
-
-def make_module(setup: Setup, denoiser: nn.Module, process, data: CharacterData) -> DenoiserModule:
-    """What `training.character` makes, without EMA."""
-    from charforgex.families.sdxl import Sdxl
-    from charforgex.lora.inject import adapter_parameters, inject
-    from charforgex.training.live import LiveText
-    from charforgex.training.loop import StepLoader
-    from charforgex.training.losses import Objective
-    from charforgex.training.module import DenoiserModule
-    from charforgex.training.optimizers import build_optimizer, schedule
-    from charforgex.training.settings import OptimizerSettings
-    from charforgex.types import Components
-
-    family = Sdxl()
-    inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
-    compile_denoiser(setup, denoiser)
-    return DenoiserModule(
-        family, denoiser, process, Objective(), adapter_parameters(denoiser), LiveText(family, Components("", family.denoiser_name)),
-        make_optimizer=lambda trainable: build_optimizer(OptimizerSettings(), trainable), learning_rate=schedule("constant", 1),
-        make_loader=lambda first, rank, world: StepLoader(data.train_dataloader(first, setup.steps, rank, world), 1),
-    )  # fmt: skip
-
-
-def ours(setup: Setup, module: DenoiserModule, folder: Path) -> Side:
-    """The real module through the real `fit`, with the logs that are on by default."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-    from rich.console import Console
-
-    from charforgex.training.logs import StepLog
-    from charforgex.training.loop import fit
-    from charforgex.training.settings import TrainerSettings
-
-    never = 10**9
-
-    def run(clock: Clock) -> None:
-        place = folder / f"from-{module.step}"
-        place.mkdir(parents=True)
-        accelerator = "gpu" if setup.on_gpu else "cpu"
-        settings = TrainerSettings(steps=module.step + setup.steps, accelerator=accelerator, ema=0.0, checkpoint_every=never)
-        loggers = [StepLog(place / "metrics.csv"), TensorBoardLogger(place, name="tensorboard", version="")]
-        handle = clock.at_optimizer()
-        with (place / "output.txt").open("w") as output:
-            stopped = fit(module, place / "checkpoints", settings, loggers, Console(file=output), lambda step: None, never, set)
-        handle.remove()
-        if stopped is not None:
-            raise SystemExit(128 + stopped)
-
-    return run
-
-
-def network_inputs(noisy, timesteps, batch: Batch, dtype) -> dict:
-    import torch
-
-    ids = torch.cat([batch.crop.original_B2, batch.crop.top_left_B2, batch.crop.target_B2], dim=1)
-    conditions = {"text_embeds": batch.text.pooled_BD.to(dtype), "time_ids": ids}
-    return {
-        "sample": noisy, "timestep": timesteps, "encoder_hidden_states": batch.text.tokens_BLD.to(dtype), "added_cond_kwargs": conditions,
-        "return_dict": False,
-    }  # fmt: skip
-
-
-def plain(setup: Setup, denoiser: nn.Module, scheduler_config: dict, batches: list[Batch]) -> Side:
-    """What one would write by hand: diffusers' and peft's own calls, no framework, no logs, data on the device already."""
-    import torch
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-    from torch.nn.functional import mse_loss
-
-    scheduler = DDPMScheduler.from_config(scheduler_config)
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    denoiser.add_adapter(LoraConfig(r=setup.rank, lora_alpha=setup.rank, init_lora_weights="gaussian", target_modules=targets))
-    cast_training_params(denoiser, dtype=torch.float32)
-    compile_denoiser(setup, denoiser)
-    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01)
-    dtype = getattr(torch, setup.dtype)
-
-    def run(clock: Clock) -> None:
-        handle = clock.at_optimizer()
-        for batch in batches:
-            latents = batch.mean_BChw + batch.std_BChw * torch.randn_like(batch.mean_BChw)
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, 1000, (len(batch),), device=latents.device)
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            with setup.autocast():
-                prediction = denoiser(**network_inputs(noisy, timesteps, batch, dtype))[0]
-            mse_loss(prediction.float(), noise).backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        handle.remove()
-
-    return run
-
-
-def floor(setup: Setup, denoiser: nn.Module, batches: list[Batch]) -> Side:
-    """Forward and backward of the frozen denoiser. The gradient goes to the latents, so that the whole backward pass runs."""
-    import torch
-
-    compile_denoiser(setup, denoiser)
-    dtype = getattr(torch, setup.dtype)
-
-    def run(clock: Clock) -> None:
-        for batch in batches:
-            noisy = torch.randn_like(batch.mean_BChw).requires_grad_()
-            timesteps = torch.randint(0, 1000, (len(batch),), device=noisy.device)
-            with setup.autocast():
-                prediction = denoiser(**network_inputs(noisy, timesteps, batch, dtype))[0]
-            prediction.float().square().mean().backward()
-            clock()
-
-    return run
 
 
 # ---- whole jobs, each in a process of its own ----
@@ -345,14 +102,10 @@ def job(setup: Setup, model: Path, pictures: Path, folder: Path) -> None:
     """What train.py does up to its last step, without measuring: encode, let go of the encoders, train."""
     import torch
 
-    from charforgex.families.sdxl import Sdxl
-
     torch.set_num_threads(setup.threads)
-    family, dtype = Sdxl(), getattr(torch, setup.dtype)
     data = prepare_data(setup, model, pictures, folder / "cache")
-    parts = family.load(str(model), ["denoiser"], dtype, setup.device)
-    module = make_module(setup, parts.denoiser, family.process(parts), data)
-    decoder = family.load(str(model), ["vae"], dtype, setup.device)["vae"]  # for the previews: train.py holds it while it trains
+    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(first, setup.steps))
+    decoder = setup.load(model, ["vae"])["vae"]  # for the previews: train.py holds it while it trains
     decoder.encoder = None
     ours(setup, module, folder / "run")(Clock(setup.steps, setup.on_gpu))  # the outer clock is the one that is read
 
@@ -388,45 +141,9 @@ def peer_arguments(setup: Setup, model: Path, pictures: Path, output: Path) -> l
         "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "checkpointing_steps": 10**6, "seed": 0,
         "mixed_precision": "bf16" if setup.dtype == "bfloat16" else "no",
     }  # fmt: skip
+    if setup.family != "sdxl":
+        values["max_sequence_length"] = T5_TOKENS[setup.family]  # as the pipelines have it, and we
     return [f"--{name}={value}" for name, value in values.items()]
-
-
-# ---- what a step is made of ----
-
-
-def count_flops(setup: Setup, model: Path, batch: Batch) -> int:
-    """Floating-point operations of a step's forward and backward pass with the adapter, counted without computing anything."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from charforgex.families.parts import build, read_config
-    from charforgex.families.sdxl import Sdxl
-    from charforgex.lora.inject import inject
-
-    family = Sdxl()
-    with torch.device("meta"):
-        denoiser = build(family, "unet", read_config(model, "unet"))
-    inject(denoiser, family.lora_targets("attention", denoiser.config), setup.rank, setup.rank)
-    batch = batch.to("meta")
-    timesteps = torch.zeros(len(batch), dtype=torch.long, device="meta")
-    # the plain kernel: attention is then matrix products, which are counted on every device
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        denoiser(**network_inputs(batch.mean_BChw, timesteps, batch, torch.float32))[0].mean().backward()
-    return counter.get_total_flops()
-
-
-def matrix_rate(setup: Setup) -> float:
-    """FLOP a second of a large matrix product in the model's dtype: what a step can be at best."""
-    import torch
-
-    side = 8192 if setup.on_gpu else 1024
-    a = torch.randn(side, side, device=setup.device, dtype=getattr(torch, setup.dtype))
-    clock = Clock(12, setup.on_gpu)
-    for _ in range(clock.steps):
-        a @ a
-        clock()
-    return 2 * side**3 / clock.seconds()
 
 
 # ---- all of it ----
@@ -436,22 +153,18 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
     """Seconds of a step by side, one a round; and what else is to be known."""
     import torch
 
-    from charforgex.families.sdxl import Sdxl
-
     torch.set_num_threads(setup.threads)
     model, pictures = folder / "model", folder / "pictures"
-    save_base(setup, model)
-    draw_pictures(pictures, SCALES[setup.scale][3])
-    family = Sdxl()
+    save_base(setup.get_family(), SCALES[setup.scale], getattr(torch, setup.dtype), setup.device, model)
+    draw_pictures(pictures, SCALES[setup.scale].picture)
     data = prepare_data(setup, model, pictures, folder / "cache")
     batches = [data.batch(number).to(setup.device) for number in range(setup.steps)]
 
-    parts = family.load(str(model), ["denoiser"], getattr(torch, setup.dtype), setup.device)
-    module = make_module(setup, parts.denoiser, family.process(parts), data)
+    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(first, setup.steps))
     sides = {
         "ours": ours(setup, module, folder / "ours"),
-        "plain": plain(setup, load_denoiser(setup, model), dict(parts["scheduler"].config), batches),
-        "floor": floor(setup, load_denoiser(setup, model), batches),
+        "plain": plain(setup, setup.load(model, ["denoiser"]).denoiser, batches),
+        "floor": floor(setup, setup.load(model, ["denoiser"]).denoiser, batches),
     }
     seconds: dict[str, list] = {name: [] for name in sides}
     for number in range(setup.rounds):
@@ -459,26 +172,23 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
             clock = Clock(setup.steps, setup.on_gpu)
             sides[name](clock)
             seconds[name].append(clock.seconds())
-            print(f"round {number + 1} of {setup.rounds}: {name} {clock.seconds():.4f} s a step", flush=True)
+            print(f"{setup.family}, round {number + 1} of {setup.rounds}: {name} {clock.seconds():.4f} s a step", flush=True)
 
-    flops, rate = count_flops(setup, model, batches[0]), matrix_rate(setup)
-    middle = statistics.median(seconds["ours"])
+    flops, rate = count_flops(setup, batches[0]), matrix_rate(setup)
     values = {
-        "parameters": sum(parameter.numel() for parameter in load_denoiser(setup, model).parameters()),
+        "parameters": sum(p.numel() for p in module.denoiser.parameters() if not p.requires_grad),
         "lora_parameters": sum(parameter.numel() for parameter in module.trainable.values()),
         "tflop_per_step": flops / 1e12, "matrix_tflop_per_second": rate / 1e12,
         "share_of_matrix_rate": {name: flops / statistics.median(taken) / rate for name, taken in seconds.items() if name != "floor"},
     }  # fmt: skip
-    if setup.on_gpu:
-        values |= {"steps_per_second": 1 / middle, "pictures_per_second": setup.batch_size / middle}
-    del sides, module, parts, batches, data
+    del sides, module, batches
     if with_jobs:
         values["peak_bytes"] = peaks = {}
         for number in range(1 if script is None else min(3, setup.rounds)):
             for name, job_seconds, peak in jobs(setup, script, model, pictures, folder / f"jobs-{number}"):
                 seconds.setdefault(name, []).append(job_seconds)
                 peaks.setdefault(name, []).append(peak)
-                print(f"whole job {number + 1}: {name} {job_seconds:.4f} s a step, peak {peak / 2**20:.0f} MiB", flush=True)
+                print(f"{setup.family}, job {number + 1}: {name} {job_seconds:.4f} s a step, peak {peak / 2**20:.0f} MiB", flush=True)
     return seconds, values
 
 
@@ -494,83 +204,178 @@ def jobs(setup: Setup, script: Path | None, model: Path, pictures: Path, folder:
         yield name, found["seconds"], found["peak_bytes"]["to_last_step"]
 
 
+def report(setups: list[Setup], options: argparse.Namespace) -> tuple[dict, dict, list[str]]:
+    """Ratios, values by family, and what was skipped: `measure` for each family."""
+    ratios, values, skipped = {}, {}, []
+    for setup in setups:
+        script = options.diffusers_scripts and options.diffusers_scripts / f"train_dreambooth_lora_{setup.family}.py"
+        with tempfile.TemporaryDirectory() as temporary:
+            seconds, found = measure(setup, script, not options.quick or script is not None, Path(temporary))
+        for name in ("plain", "floor"):
+            ratios[f"step_vs_{name}.{setup.family}"] = in_turn(seconds["ours"], seconds[name])
+        if script is None:
+            skipped += [f"step_vs_diffusers.{setup.family}", f"memory_vs_diffusers.{setup.family}"]
+        else:
+            ratios[f"step_vs_diffusers.{setup.family}"] = in_turn(seconds["job"], seconds["diffusers"])
+            ratios[f"memory_vs_diffusers.{setup.family}"] = in_turn(found["peak_bytes"]["job"], found["peak_bytes"]["diffusers"])
+        middle = {name: statistics.median(taken) for name, taken in seconds.items()}
+        values[setup.family] = {"step_seconds": middle, "rounds": seconds, "setup": asdict(setup)} | found
+        for name, taken in seconds.items():
+            label = f"{setup.family}: {name}"
+            print(f"{label:<26} {middle[name]:8.4f} s a step   ({min(taken):.4f} to {max(taken):.4f} in {len(taken)} rounds)")
+    for name, ratio in ratios.items():
+        kind, family = name.split(".")
+        print(f"{name:<26} {ratio:8.3f}   goal {GOALS[kind][family]:.2f}")
+    for name in skipped:
+        print(f"{name:<26}  skipped: no --diffusers-scripts")
+    return ratios, values, skipped
+
+
+# ---- real sizes, on a GPU ----
+
+
+def measure_side(setup: Setup, name: str, folder: Path) -> dict[str, float]:
+    """One side alone on the device, so that its peak is its own: seconds of a step, and bytes."""
+    import torch
+
+    from charforgex.types import Components
+
+    family = setup.get_family()
+    if setup.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+    denoiser = build_denoiser(family, SCALES[setup.scale], getattr(torch, setup.dtype), setup.device)
+    batches = random_batches(setup, setup.steps)
+    if name == "ours":
+        parts = Components("random", family.denoiser_name, {family.denoiser_name: denoiser, "scheduler": scheduler_of(setup)})
+        side = ours(setup, make_module(setup, parts, lambda first: batches), folder)
+    else:
+        side = plain(setup, denoiser, batches)
+    clocks = [Clock(setup.steps, setup.on_gpu) for _ in range(setup.rounds)]
+    for clock in clocks:
+        side(clock)
+    return {"step_seconds": statistics.median(clock.seconds() for clock in clocks), "peak_bytes": peak_bytes(setup.on_gpu)}
+
+
+def measure_real(
+    setups: list[Setup], sizes: list[int], batch_sizes: list[int], peak_tflops: float | None, ways: Sequence[bool] = (False, True)
+) -> tuple[dict, dict, list[str]]:
+    """Our step and the plain loop's for each family, size and batch size, eager and compiled, each alone on the device.
+
+    Steps a second, peak memory, and the share of the chip's bfloat16 peak. What does not fit is measured with all blocks checkpointed;
+    what does not fit then is skipped by name.
+    """
+    import torch
+
+    ratios, values, skipped = {}, {}, []
+    for base, resolution, many, compiled in product(setups, sizes, batch_sizes, ways):
+        setup = replace(base, resolution=resolution, batch_size=many, compile=compiled)
+        case = f"{setup.family}.{resolution}px.batch{many}.{'compiled' if compiled else 'eager'}"
+        flops = count_flops(setup, random_batches(replace(setup, device="meta"), 1)[0])
+        for checkpointing in (False, True):
+            found = {}
+            try:
+                for name in ("ours", "plain"):
+                    with tempfile.TemporaryDirectory() as temporary:
+                        found[name] = measure_side(replace(setup, checkpointing=checkpointing), name, Path(temporary))
+            except torch.OutOfMemoryError:
+                continue
+            for name, numbers in found.items():
+                numbers |= {"steps_per_second": 1 / numbers["step_seconds"], "tflop_per_step": flops / 1e12}
+                if peak_tflops:  # of the arithmetic that is needed: what checkpointing does twice counts once
+                    numbers["share_of_peak"] = flops / 1e12 / numbers["step_seconds"] / peak_tflops
+                share = f", {numbers['share_of_peak']:.0%} of the peak" if peak_tflops else ""
+                memory = f"{numbers['peak_bytes'] / 2**30:.1f} GiB{', all blocks checkpointed' if checkpointing else ''}"
+                print(f"{case:<34} {name:<6} {numbers['steps_per_second']:7.3f} steps/s, {memory}{share}", flush=True)
+            values[case] = found | {"checkpointing": checkpointing, "setup": asdict(setup)}
+            ratios[f"step_vs_plain.{case}"] = found["ours"]["step_seconds"] / found["plain"]["step_seconds"]
+            ratios[f"memory_vs_plain.{case}"] = found["ours"]["peak_bytes"] / found["plain"]["peak_bytes"]
+            break
+        else:
+            skipped.append(f"{case}: does not fit into the memory")
+            print(f"{case:<34} does not fit into the memory", flush=True)
+    return ratios, values, skipped
+
+
 def in_turn(ours_seconds: list[float], theirs: list[float]) -> float:
     """The median of the rounds' ratios: what slows a whole round down cancels."""
     return statistics.median(a / b for a, b in zip(ours_seconds, theirs, strict=True))
 
 
-def parse() -> tuple[Setup, argparse.Namespace]:
+def parse() -> tuple[list[Setup], argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps; the numbers say little")
-    parser.add_argument("--scale", choices=["mini", "deep", "real"], help="the model; mini if not given")
-    parser.add_argument("--diffusers-script", type=Path, help="examples/dreambooth/train_dreambooth_lora_sdxl.py of a diffusers checkout")
-    parser.add_argument("--device", help="cpu or cuda; cuda for --scale real, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the frozen base; bfloat16 for --scale real, else float32")
-    parser.add_argument("--compile", choices=["blocks", "model"], help="torch.compile the repeated block, or the denoiser as a whole")
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer steps; the numbers say little")
+    parser.add_argument("--scale", choices=["mini", "deep", "real"], help="the models; mini if not given")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="all three if not given")
+    parser.add_argument("--diffusers-scripts", type=Path, help="the folder examples/dreambooth of a diffusers checkout")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks of all sides; --scale real does both")
     parser.add_argument("--peak-tflops", type=float, help="the chip's dense bfloat16 peak, where the script does not know it")
-    for name, default in (("batch-size", 1), ("rank", 16), ("threads", 1)):
+    parser.add_argument("--batch-size", type=int, nargs="+", help="1; for --scale real 1 4")
+    parser.add_argument("--resolution", type=int, nargs="+", help="256; for --scale real 512 1024")
+    for name, default in (("rank", 16), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("resolution", "steps", "rounds"):
+    for name in ("steps", "rounds"):
         parser.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
-    scale = "quick" if options.quick else options.scale or "mini"
     if options.quick and options.scale:
         parser.error(f"--quick has a scale of its own: leave --scale {options.scale} out.")
-    _, _, resolution, _, steps, rounds = SCALES[scale]
-    device = options.device or ("cuda" if scale == "real" else "cpu")
-    setup = Setup(
-        scale, device, options.dtype or ("bfloat16" if scale == "real" else "float32"), options.resolution or resolution,
-        options.batch_size, options.rank, options.steps or steps, options.rounds or rounds, options.threads, options.compile,
-    )  # fmt: skip
-    if scale == "real" and device == "cpu":
-        parser.error("--scale real needs a GPU: on a CPU a step of SDXL at 1024 px takes minutes. Use --scale mini there.")
-    if setup.on_gpu:
+    options.scale = "quick" if options.quick else options.scale or "mini"
+    scale, real = SCALES[options.scale], options.scale == "real"
+    options.batch_size = options.batch_size or ([1, 4] if real else [1])
+    options.resolution = options.resolution or ([512, 1024] if real else [scale.resolution])
+    if real:
+        if options.diffusers_scripts is not None:
+            parser.error("--scale real measures beside the plain loop; leave --diffusers-scripts out, or use --scale mini.")
         import torch
 
         if not torch.cuda.is_available():
-            parser.error(f"--device {device} was asked for, and torch finds no GPU here; --scale mini or --quick run on the CPU.")
-    if setup.steps < WARM_UP + 2:
-        parser.error(f"--steps {setup.steps} is too few: the first {WARM_UP} do not count; give at least {WARM_UP + 2}.")
-    if options.diffusers_script is not None and not options.diffusers_script.is_file():
-        parser.error(f"--diffusers-script {options.diffusers_script} is no file.")
-    return setup, options
+            parser.error("--scale real needs a CUDA GPU, and torch finds none here; --scale mini, deep or --quick run on the CPU.")
+    elif len(options.batch_size) > 1 or len(options.resolution) > 1:
+        parser.error("several sizes are for --scale real; give one --batch-size and one --resolution.")
+    if options.compile:
+        from charforgex.errors import ConfigError
+        from charforgex.training.blocks import check_compiler
+
+        try:
+            check_compiler("cuda" if real else "cpu")
+        except ConfigError as error:
+            parser.error(str(error))
+    steps, rounds = options.steps or scale.steps, options.rounds or scale.rounds
+    if steps < WARM_UP + 2:
+        parser.error(f"--steps {steps} is too few: the first {WARM_UP} do not count; give at least {WARM_UP + 2}.")
+    for family in options.family if options.diffusers_scripts is not None else ():
+        script = options.diffusers_scripts / f"train_dreambooth_lora_{family}.py"
+        if not script.is_file():
+            parser.error(f"--diffusers-scripts: {script} is no file.")
+    device, dtype = ("cuda", "bfloat16") if real else ("cpu", "float32")
+    setups = [
+        Setup(
+            family, scale.name, device, dtype, options.resolution[0], options.batch_size[0], options.rank, steps, rounds, options.threads,
+            options.compile,
+        ) for family in options.family
+    ]  # fmt: skip
+    return setups, options
 
 
 def main() -> None:
-    setup, options = parse()
+    setups, options = parse()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
-        os.environ[variable] = str(setup.threads)
-    with tempfile.TemporaryDirectory() as temporary:
-        seconds, values = measure(
-            setup, options.diffusers_script, not options.quick or options.diffusers_script is not None, Path(temporary)
-        )
-
-    ratios = {f"step_vs_{name}.sdxl": in_turn(seconds["ours"], seconds[name]) for name in ("plain", "floor")}
-    if "diffusers" in seconds:
-        ratios["step_vs_diffusers.sdxl"] = in_turn(seconds["job"], seconds["diffusers"])
-        ratios["memory_vs_diffusers.sdxl"] = in_turn(values["peak_bytes"]["job"], values["peak_bytes"]["diffusers"])
-    skipped = [name for name in GOALS if name not in ratios]
-    middle = {name: statistics.median(taken) for name, taken in seconds.items()}
+        os.environ[variable] = str(options.threads)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}"
-    if setup.on_gpu:
+    if options.scale == "real":
         import torch
 
-        name = torch.cuda.get_device_name()
-        machine = f"{name}, {machine}"
-        peak = options.peak_tflops or next((tflops for chip, tflops in PEAKS.items() if chip in name), None)
-        if peak is not None:
-            values["share_of_peak"] = {side: values["tflop_per_step"] / middle[side] / peak for side in ("ours", "plain")}
-
-    for name, taken in seconds.items():
-        print(f"{name:<26} {middle[name]:8.4f} s a step   ({min(taken):.4f} to {max(taken):.4f} in {len(taken)} rounds)")
-    for name, ratio in ratios.items():
-        print(f"{name:<26} {ratio:8.3f}   goal {GOALS[name]:.2f}")
-    for name in skipped:
-        print(f"{name:<26}  skipped: no --diffusers-script")
+        chip = torch.cuda.get_device_name()
+        machine = f"{chip}, {machine}"
+        peak = options.peak_tflops or next((tflops for name, tflops in PEAKS.items() if name in chip), None)
+        ratios, values, skipped = measure_real(setups, options.resolution, options.batch_size, peak)
+    else:
+        ratios, values, skipped = report(setups, options)
 
     from charforgex.runs import versions
 
-    values = {"step_seconds": middle, "rounds": seconds, "load": os.getloadavg(), "setup": asdict(setup)} | values
+    values["load"] = os.getloadavg()
     print(
         json.dumps(
             {"benchmark": "train_step", "ratios": ratios, "values": values, "machine": machine, "versions": versions(), "skipped": skipped}

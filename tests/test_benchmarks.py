@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TRAIN_STEP = ROOT / "benchmarks" / "train_step.py"
@@ -42,43 +43,71 @@ def run(*options):
     return subprocess.run([sys.executable, TRAIN_STEP, *options], capture_output=True, text=True)
 
 
-def small_setup(train_step, steps):
+def small_setup(train_step, steps, family="flux"):
     return train_step.Setup(
-        scale="quick", device="cpu", dtype="float32", resolution=64, batch_size=1, rank=4, steps=steps, rounds=1, threads=1, compile=None
+        family, scale="quick", device="cpu", dtype="float32", resolution=64, batch_size=1, rank=4, steps=steps, rounds=1, threads=1
     )  # fmt: skip
 
 
-def test_quick_train_step_reports_finite_ratios_and_names_what_it_skips():
+def test_quick_train_step_reports_finite_ratios_of_every_family_and_names_what_it_skips():
     done = run("--quick", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"}
     assert report["benchmark"] == "train_step"
-    assert set(report["ratios"]) == {"step_vs_plain.sdxl", "step_vs_floor.sdxl"}
+    families = ("sdxl", "flux", "sd3")
+    assert set(report["ratios"]) == {f"step_vs_{side}.{family}" for side in ("plain", "floor") for family in families}
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in report["ratios"].values())
-    assert report["skipped"] == ["step_vs_diffusers.sdxl", "memory_vs_diffusers.sdxl"]
-    values = report["values"]
-    assert set(values["step_seconds"]) == {"ours", "plain", "floor"}
-    assert values["setup"]["scale"] == "quick" and values["setup"]["rounds"] == 1
-    assert values["lora_parameters"] > 0 and values["tflop_per_step"] > 0
-    # one round, so the ratio of the medians is the round's own
-    assert report["ratios"]["step_vs_plain.sdxl"] == pytest.approx(values["step_seconds"]["ours"] / values["step_seconds"]["plain"])
+    assert set(report["skipped"]) == {f"{what}_vs_diffusers.{family}" for what in ("step", "memory") for family in families}
+    for family in families:
+        values = report["values"][family]
+        assert set(values["step_seconds"]) == {"ours", "plain", "floor"}
+        assert values["setup"]["scale"] == "quick" and values["setup"]["rounds"] == 1
+        assert values["lora_parameters"] > 0 and values["tflop_per_step"] > 0
+        # one round, so the ratio of the medians is the round's own
+        seconds = values["step_seconds"]
+        assert report["ratios"][f"step_vs_plain.{family}"] == pytest.approx(seconds["ours"] / seconds["plain"])
     assert report["versions"]["torch"] and report["machine"]
 
 
 @pytest.mark.parametrize(
     ("options", "way_out"),
     [
-        (["--scale", "real", "--device", "cpu"], "Use --scale mini"),
         (["--quick", "--scale", "real"], "leave --scale real out"),
         (["--steps", "3"], "give at least 4"),
-        (["--diffusers-script", "nowhere.py"], "nowhere.py is no file"),
+        (["--batch-size", "1", "4"], "give one --batch-size"),
+        (["--diffusers-scripts", "nowhere"], "nowhere/train_dreambooth_lora_sdxl.py is no file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once_with_a_way_out(options, way_out):
     done = run(*options)
     assert done.returncode == 2
     assert way_out in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_real_sizes_are_refused_without_a_gpu():
+    done = run("--scale", "real", "--family", "flux")
+    assert done.returncode == 2
+    assert "needs a CUDA GPU" in done.stderr and "--scale mini" in done.stderr
+
+
+def test_what_is_measured_on_a_gpu_runs_on_small_models_too(train_step):
+    """The code of --scale real, eager, with a model that a CPU can step."""
+    ratios, values, skipped = train_step.measure_real([small_setup(train_step, steps=4)], [64, 128], [2], peak_tflops=0.5, ways=(False,))
+    assert set(values) == {"flux.64px.batch2.eager", "flux.128px.batch2.eager"} and not skipped
+    assert set(ratios) == {f"{what}_vs_plain.{case}" for what in ("step", "memory") for case in values}
+    small, large = (case["ours"] for case in values.values())
+    assert 2 < large["tflop_per_step"] / small["tflop_per_step"] < 4  # 4 times the picture, the same text
+    assert small["share_of_peak"] == pytest.approx(small["tflop_per_step"] * small["steps_per_second"] / 0.5)
+
+
+@pytest.mark.parametrize(("family", "billions"), [("sdxl", 2.567), ("flux", 11.901), ("sd3", 8.057)])
+def test_real_sizes_are_real(train_step, family, billions):
+    scale = train_step.SCALES["real"]
+    denoiser = train_step.build_denoiser(small_setup(train_step, 4, family).get_family(), scale, torch.bfloat16, "meta")
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.bfloat16}
 
 
 def test_another_script_s_steps_and_memory_are_read_without_changing_it(train_step, tmp_path):
