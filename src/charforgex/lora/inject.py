@@ -167,9 +167,13 @@ def leaving_casts_to_autocast(*networks: nn.Module) -> Callable[[], AbstractCont
     """A context for whole steps, backward pass included, under autocast: in it, peft hands its layers' inputs on as they are.
 
     Otherwise it casts them to the adapter's float32 and autocast casts them back, which changes no bit and keeps a copy of the input of
-    every adapted layer until the backward pass. Made once: looking for the layers takes longer than a step should wait.
+    every adapted layer until the backward pass. Made once: looking for the layers takes longer than a step should wait. Plain LoRA
+    alone: DoRA takes the precision of its norms from its input.
     """
-    layers = [layer for network in networks for layer in _tuner_layers(network)]
+    from peft.tuners.lora import LoraLayer
+
+    tuners = [layer for network in networks for layer in _tuner_layers(network)]
+    layers = [layer for layer in tuners if isinstance(layer, LoraLayer) and not layer.lora_variant]
 
     @contextmanager
     def context() -> Iterator[None]:
