@@ -22,6 +22,7 @@ TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
 def seen(monkeypatch):
     """The groups of the base that are loaded, and at each step what of them is alive."""
     groups, encoders, alive = [], [], []
+    others = weakref.WeakSet(item for item in gc.get_objects() if isinstance(item, (CLIPModel, *TEXT_ENCODERS)))  # of other tests
     loader, training_step = character.loader, StepModule.training_step
 
     def watched_loader(*arguments):
@@ -39,7 +40,7 @@ def seen(monkeypatch):
 
     def watched_step(module, *arguments):
         gc.collect()
-        networks = [item for item in gc.get_objects() if isinstance(item, (CLIPModel, *TEXT_ENCODERS))]
+        networks = [item for item in gc.get_objects() if isinstance(item, (CLIPModel, *TEXT_ENCODERS)) and item not in others]
         judges = {part for network in networks if isinstance(network, CLIPModel) for part in network.modules()}  # of prompt-following
         found = [network for network in networks if network not in judges]
         alive.append([type(item).__name__ for item in [*found, *filter(None, (encoder() for encoder in encoders))]])

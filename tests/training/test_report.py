@@ -49,7 +49,7 @@ def test_sdxl():
     assert said["target"] == "DDPM epsilon, scaled_linear betas"
     assert said["loss"].startswith("mse, weighting min-SNR 5: 0.0") and said["loss"].endswith(" to 1.000")
     assert said["noise levels"].endswith("t = 1 noise, uniform")
-    assert said["LoRA"] == "rank 16, alpha 8, scale alpha/rank 0.5"
+    assert said["adapter"].startswith("LoRA, rank 16, alpha 8, scale alpha/rank 0.5")
 
 
 def test_the_histogram_is_of_the_times():

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,12 +242,15 @@ def _hashing(stack: Stack) -> Iterator[Callable[[], str]]:
     """The base's hash, worked out while the base is loaded: both wait for the disk."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from charforgex.families.loading import weights_hash
+    from charforgex.families.loading import TINY, weights_hash
 
     def base_hash() -> str:
         path = Path(stack.base).expanduser()
         return sha256_file(path) if path.is_file() else weights_hash(stack.family, stack.base, "denoiser")
 
+    if stack.base == TINY or "+" in stack.base:  # these build networks to be hashed, which no second thread may do beside the loading
+        yield cache(base_hash)
+        return
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(base_hash).result
 

@@ -27,6 +27,7 @@ from charforgex.data.rendered import RenderedBank
 from charforgex.draws import torch_generator
 from charforgex.families.base import Family
 from charforgex.runs import replace_atomic
+from charforgex.training.live import LiveText
 from charforgex.training.losses import diffusion_loss
 from charforgex.training.module import DenoiserModule, StepModule
 from charforgex.types import Batch, Components, Crop
@@ -345,7 +346,8 @@ class BaseModule(DenoiserModule):
     dropout = 0.1
 
     def __init__(self, family: Family, parts: Components, latents: np.ndarray, **settings):
-        super().__init__(family, parts.denoiser, family.process(parts), trainable=dict(parts.denoiser.named_parameters()), **settings)
+        trainable, frozen = dict(parts.denoiser.named_parameters()), LiveText(family, Components(parts.source, parts.denoiser_name))
+        super().__init__(family, parts.denoiser, family.process(parts), trainable=trainable, live=frozen, **settings)
         self.parts, self.latents = parts, latents
 
     def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random) -> Batch:
