@@ -152,6 +152,8 @@ def _without_effect(cfg: DictConfig, schema: DictConfig, idle: dict[str, str]) -
     """A sentence for each setting that was changed and that the command has no use for."""
     from omegaconf import OmegaConf
 
+    if not idle:
+        return
     values, shape = (dict(dotted(OmegaConf.to_container(node, resolve=False))) for node in (cfg, schema))
     for key, value in values.items():
         way_out = next((words for pattern, words in idle.items() if re.fullmatch(pattern, key)), None)
