@@ -49,24 +49,21 @@ def small_setup(train_step, steps, family="flux"):
     )  # fmt: skip
 
 
-def test_quick_train_step_reports_finite_ratios_of_every_family_and_names_what_it_skips():
-    done = run("--quick", "--rounds", "1")
+def test_quick_train_step_reports_finite_ratios_and_names_what_it_skips():
+    done = run("--quick", "--rounds", "1", "--family", "sd3")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"}
     assert report["benchmark"] == "train_step"
-    families = ("sdxl", "flux", "sd3")
-    assert set(report["ratios"]) == {f"step_vs_{side}.{family}" for side in ("plain", "floor") for family in families}
+    assert set(report["ratios"]) == {"step_vs_plain.sd3", "step_vs_floor.sd3"}
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in report["ratios"].values())
-    assert set(report["skipped"]) == {f"{what}_vs_diffusers.{family}" for what in ("step", "memory") for family in families}
-    for family in families:
-        values = report["values"][family]
-        assert set(values["step_seconds"]) == {"ours", "plain", "floor"}
-        assert values["setup"]["scale"] == "quick" and values["setup"]["rounds"] == 1
-        assert values["lora_parameters"] > 0 and values["tflop_per_step"] > 0
-        # one round, so the ratio of the medians is the round's own
-        seconds = values["step_seconds"]
-        assert report["ratios"][f"step_vs_plain.{family}"] == pytest.approx(seconds["ours"] / seconds["plain"])
+    assert report["skipped"] == ["step_vs_diffusers.sd3", "memory_vs_diffusers.sd3"]
+    values = report["values"]["sd3"]
+    assert set(values["step_seconds"]) == {"ours", "plain", "floor"}
+    assert values["setup"]["scale"] == "quick" and values["setup"]["rounds"] == 1
+    assert values["lora_parameters"] > 0 and values["tflop_per_step"] > 0
+    # one round, so the ratio of the medians is the round's own
+    assert report["ratios"]["step_vs_plain.sd3"] == pytest.approx(values["step_seconds"]["ours"] / values["step_seconds"]["plain"])
     assert report["versions"]["torch"] and report["machine"]
 
 
@@ -93,12 +90,15 @@ def test_real_sizes_are_refused_without_a_gpu():
 
 
 def test_what_is_measured_on_a_gpu_runs_on_small_models_too(train_step):
-    """The code of --scale real, eager, with a model that a CPU can step."""
-    ratios, values, skipped = train_step.measure_real([small_setup(train_step, steps=4)], [64, 128], [2], peak_tflops=0.5, ways=(False,))
-    assert set(values) == {"flux.64px.batch2.eager", "flux.128px.batch2.eager"} and not skipped
-    assert set(ratios) == {f"{what}_vs_plain.{case}" for what in ("step", "memory") for case in values}
-    small, large = (case["ours"] for case in values.values())
-    assert 2 < large["tflop_per_step"] / small["tflop_per_step"] < 4  # 4 times the picture, the same text
+    """The code of --scale real, eager, with models that a CPU can step."""
+    setups = [small_setup(train_step, steps=4, family=family) for family in ("sdxl", "flux")]
+    ratios, values, skipped = train_step.measure_real(setups, [64, 128], [2], peak_tflops=0.5, ways=(False,))
+    cases = {f"{family}.{size}px.batch2.eager" for family in ("sdxl", "flux") for size in (64, 128)}
+    assert set(values) == cases and not skipped
+    assert set(ratios) == {f"{what}_vs_plain.{case}" for what in ("step", "memory") for case in cases}
+    small, large = (values[f"flux.{size}px.batch2.eager"]["ours"] for size in (64, 128))
+    tokens = (512 + 64) / (512 + 16)  # of text, and of the picture
+    assert tokens < large["tflop_per_step"] / small["tflop_per_step"] < tokens**2
     assert small["share_of_peak"] == pytest.approx(small["tflop_per_step"] * small["steps_per_second"] / 0.5)
 
 
@@ -116,7 +116,7 @@ def test_another_script_s_steps_and_memory_are_read_without_changing_it(train_st
     ballast = bytearray(900_000_000)  # of the parent, which is not to be taken for the child's
     ballast[::4096] = b"x" * len(ballast[::4096])
     found = train_step.run_job(small_setup(train_step, steps=6), script, ["6"], tmp_path)
-    assert 0.1 <= found["seconds"] < 0.2
+    assert 0.1 <= found["seconds"] < 1
     assert 150e6 < found["peak_bytes"]["to_last_step"] <= found["peak_bytes"]["whole"] < 900e6
 
 
