@@ -1,0 +1,115 @@
+"""What curation passes along: things found, faces, and what is known of each picture. Plain data, no libraries.
+
+A file goes through as: `Item` (found) -> `Finding` (measured, in a shard) -> `Verdict` (decided, knowing all others) -> `Record` (manifest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+# What becomes of a file: exactly one of these.
+CLASSES = {
+    "kept": "in the dataset",
+    "sidecar": "a caption or mask, used with its picture",
+    "container": "an archive or video, whose pictures are listed by themselves",
+    "duplicate": "the same picture as another, or nearly, and the other one is better",
+    "blurred": "out of focus or shaken",
+    "exposure": "too dark, too bright or without contrast",
+    "noisy": "grain hides the detail",
+    "compressed": "blocks and ringing of strong compression",
+    "marked": "a watermark, text or frame lies over it",
+    "too_small": "too few pixels, of the picture or of the face",
+    "no_face": "no face was found",
+    "several_people": "several people, and the character cannot be cut out",
+    "wrong_person": "somebody else",
+    "corrupt": "damaged, incomplete or empty",
+    "unsupported": "not a picture, or of a kind that is not read",
+    "too_large": "more pixels or bytes than are decoded",
+    "unsafe": "an archive's member that leads outside, is a link, or is a bomb",
+}
+
+
+class Verdict(NamedTuple):
+    """A class of `CLASSES` and a sentence for a person: what was found, with its value and the limit."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing found that may be a picture: a file, a member of an archive, a frame of a video.
+
+    `name` is unique and printable: `a/b.jpg`, `pack.zip!/c.png`, `clip.mp4!/000012.480s`. Exactly one of the others is set: `data`
+    (an encoded file), `picture` (a decoded frame), or `verdict`, if it is decided before it is looked at.
+    """
+
+    name: str
+    data: bytes | None = None
+    picture: Image.Image | None = None
+    verdict: Verdict | None = None
+    captions: tuple[str, ...] = ()
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in an upright picture. `box` is left, top, right, bottom in pixels: from brow to chin and ear to ear, without hair.
+
+    `landmarks` are (x, y) of the left eye, right eye, nose tip, left and right mouth corner as the viewer sees them, or empty. Angles are
+    degrees, None where unknown: `yaw` > 0 looks to the viewer's right, `pitch` > 0 looks up, `roll` > 0 leans clockwise.
+    """
+
+    box: tuple[float, float, float, float]
+    score: float
+    landmarks: tuple[tuple[float, float], ...] = ()
+    yaw: float | None = None
+    pitch: float | None = None
+    roll: float | None = None
+
+    @property
+    def width(self) -> float:
+        return self.box[2] - self.box[0]
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a shard learns of one item. `scores` are the quality measures by name, `fingerprint` the perceptual hashes as hexadecimal.
+
+    `row` counts the findings of a shard that have arrays (thumbnail, embeddings of faces and picture) beside them; None has none.
+    """
+
+    name: str
+    sha256: str | None = None
+    width: int = 0
+    height: int = 0
+    captions: tuple[str, ...] = ()
+    mask_sha256: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
+    faces: tuple[Face, ...] = ()
+    verdict: Verdict | None = None
+    row: int | None = None
+
+    def decided(self, kind: str, reason: str) -> Finding:
+        return replace(self, verdict=Verdict(kind, reason))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": list(self.verdict) if self.verdict else None}
+
+    @staticmethod
+    def from_json(item: Mapping[str, Any]) -> Finding:
+        faces = tuple(
+            Face(**{**face, "box": tuple(face["box"]), "landmarks": tuple(tuple(point) for point in face["landmarks"])})
+            for face in item["faces"]
+        )
+        verdict = Verdict(*item["verdict"]) if item["verdict"] else None
+        return Finding(**{**item, "captions": tuple(item["captions"]), "faces": faces, "verdict": verdict})
