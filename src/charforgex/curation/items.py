@@ -1,6 +1,6 @@
 """What curation passes along: things found, faces, and what is known of each picture. Plain data, no libraries.
 
-A file goes through as: `Item` (found) -> `Finding` (measured, in a shard) -> `Verdict` (decided, knowing all others) -> `Record` (manifest).
+The way of a file: `Item` (found), `Finding` (measured, in a shard), `Verdict` (decided, knowing all others), `Record` (in the manifest).
 """
 
 from __future__ import annotations
