@@ -75,7 +75,7 @@ def base_table(family_name: str, count: int, picture: Path | None) -> dict:
         return {"attributes": mean(by_name.values()), "clip_score": mean(scores), **dict(sorted(by_name.items()))}
 
     def torch_pixels(pictures) -> torch.Tensor:
-        from charforgex.evaluation.identity import to_pixels
+        from charforgex.embedders import to_pixels
 
         return to_pixels(pictures, 64)
 
@@ -120,7 +120,7 @@ def traits(family_name: str, number: int, result: dict) -> dict[str, float]:
     from charforgex.charworld import drawing, world
     from charforgex.charworld.assets import load_judge
     from charforgex.data.rendered import held_out_character, trigger_of
-    from charforgex.evaluation.identity import to_pixels
+    from charforgex.embedders import to_pixels
     from charforgex.families import registry
     from charforgex.generation.sampling import sample
     from charforgex.lora import formats, inject

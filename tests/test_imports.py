@@ -14,12 +14,13 @@ INTERFACES = {"curation.manifest", "families.base"}  # what a package may know o
 ALLOWED = {
     "lora": set(),
     "families": {"lora"},
-    "curation": {"charworld"},
+    "embedders": {"charworld"},
+    "curation": {"charworld", "embedders"},
     "charworld": set(),
     "data": {"curation.manifest", "families.base", "charworld"},
-    "training": {"data", "families", "lora", "evaluation", "generation", "curation.manifest", "charworld"},
+    "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation.manifest", "charworld"},
     "generation": {"families", "lora"},
-    "evaluation": {"generation", "curation.manifest", "families.base", "charworld"},
+    "evaluation": {"generation", "curation.manifest", "families.base", "charworld", "embedders"},
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")
 LIGHT = ["charforgex", *(f"charforgex.{name}" for name in ("cli", "config", "binding", "overrides", "runs", "errors", "draws"))]

@@ -61,8 +61,8 @@ def test_any_clip_of_transformers_scores(tmp_path, follower):
     clip = get_follower(str(tmp_path))
     pictures, captions = scenes(3)
     scores = clip.score(pictures, captions)
-    text = clip.model.text_model(clip.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids)
-    expected = torch.nn.functional.cosine_similarity(clip.features(pictures), clip.model.text_projection(text.pooler_output))
+    text = clip.clip.model.text_model(clip.clip.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids)
+    expected = torch.nn.functional.cosine_similarity(clip.features(pictures), clip.clip.model.text_projection(text.pooler_output))
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 

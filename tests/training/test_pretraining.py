@@ -73,7 +73,7 @@ def test_vae(folder):
 
 def test_the_transformers_text_encoders_and_vae(folder):
     result = train(folder / "flux", "text", family="flux")
-    assert set(result["measures"]) == {"t5_attributes", "penultimate_attributes", "pooled_attributes"}
+    assert set(result["measures"]) == {"t5_attributes"}
     weights = Path(result["weights"])
     for name in ("flux/text_encoder", "flux/text_encoder_2", "sd3/text_encoder", "sd3/text_encoder_2", "sd3/text_encoder_3"):
         assert (weights / name / "model.safetensors").is_file(), name

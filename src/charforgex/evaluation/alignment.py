@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from charforgex.charworld.world import read_prompt
-from charforgex.errors import ModelError
-from charforgex.evaluation.identity import to_pixels
+from charforgex.embedders import get_clip, to_pixels
 
 
 class Follower(Protocol):
@@ -31,30 +28,15 @@ class ClipFollower:
     """CLIP score (Hessel et al. 2021): cosine of picture and prompt, by any CLIP of transformers."""
 
     def __init__(self, source: str):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        self.name, self.clip = source, get_clip(source)
 
-        self.name = source
-        try:
-            self.model = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"evaluation.clip={source} cannot be loaded: {error}") from error
-
-    @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = self.processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt").pixel_values
-        return self._see(pixels)
+        return self.clip.see(pictures)
 
-    def _see(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.model.visual_projection(self.model.vision_model(pixels).pooler_output), dim=-1)
+    def clip_score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        return (self.clip.see(pictures) * self.clip.read(prompts)).sum(-1).tolist()
 
-    @torch.no_grad()
-    def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        text = F.normalize(self.model.text_projection(self.model.text_model(ids).pooler_output), dim=-1)
-        return (self.features(pictures) * text).sum(-1).tolist()
+    score = clip_score
 
 
 class CharworldFollower(ClipFollower):
@@ -62,17 +44,10 @@ class CharworldFollower(ClipFollower):
     off the picture. Readable, and in [0, 1]; features are the embedded CLIP's."""
 
     def __init__(self):
-        from charforgex.charworld.assets import load_clip, load_judge
+        from charforgex.charworld.assets import load_judge
 
-        self.name, self.judge = "charworld", load_judge()
-        self.model, self.tokenizer = load_clip()
-
-    @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return self._see(to_pixels(pictures, 64))
-
-    def clip_score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        return super().score(pictures, prompts)
+        super().__init__("charworld")
+        self.judge = load_judge()
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """The share of asked attributes that are shown; a prompt that asks for none scores 1."""

@@ -21,9 +21,9 @@ from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
 from charforgex.data.datamodule import CharacterData, LoadParts
 from charforgex.data.rendered import trigger_of, write_character
+from charforgex.embedders import get_embedder
 from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation.alignment import get_follower
-from charforgex.evaluation.identity import get_embedder
 from charforgex.families import registry
 from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, quiet, weights_hash

@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 from charforgex.curation.manifest import read_picture
 from charforgex.data.datamodule import CharacterData
 from charforgex.draws import seed_of
+from charforgex.embedders import Embedder
 from charforgex.evaluation.alignment import Follower
-from charforgex.evaluation.identity import Embedder, diversity, nearest, similarity
+from charforgex.evaluation.identity import diversity, nearest, similarity
 from charforgex.families.base import Family
 from charforgex.generation.sampling import sample
 from charforgex.generation.settings import SamplingSettings

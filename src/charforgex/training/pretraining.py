@@ -1,8 +1,8 @@
 """`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
-that the base stays valid), guidance (Flux's base learns to take guidance as an input). Flux and SD3 share their VAE, T5 and small CLIP.
-Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
+that the base stays valid), guidance (Flux's base learns to take guidance as an input). Flux and SD3 share their VAE and T5, and have
+SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ from charforgex.types import Components
 
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
-FLUX_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-SD3_TEXT = ("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def folders(stage: str, family: str) -> list[str]:
@@ -57,7 +55,7 @@ def folders(stage: str, family: str) -> list[str]:
         return ["sdxl/vae"] if family == "sdxl" else ["flux/vae", "sd3/vae"]
     if family == "sdxl":
         return ["sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/tokenizer", "sdxl/tokenizer_2", "clip"]
-    return [*(f"flux/{name}" for name in FLUX_TEXT), *(f"sd3/{name}" for name in SD3_TEXT)]
+    return ["flux/text_encoder_2", "flux/tokenizer_2", "sd3/text_encoder_3", "sd3/tokenizer_3"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     variants = VARIANTS if options.stage == "judge" else 1
     with console.status("rendering pictures"):
         bank = RenderedBank(cache, options.pictures, seed=1, variants=variants)
-        unseen = RenderedBank(cache, 2400, seed=2, variants=variants, held_out=options.stage == "judge")
+        unseen = RenderedBank(cache, 2400, seed=2, variants=variants, held_out=options.stage in ("judge", "text"))
     start = ROOT if options.start == "embedded" else Path(options.start) if options.start else None
     module = build_module(options, start, cfg, settings, bank)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -194,7 +192,7 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
         case "text":
             if start is not None:
                 raise ConfigError("pretrain.stage=text starts from nothing: its heads are not kept; leave pretrain.start=null.")
-            module = (stages.TextModule if options.family == "sdxl" else stages.ShortTextModule)(**common)
+            module = (stages.TextModule if options.family == "sdxl" else stages.T5Module)(**common)
         case "judge":
             module = stages.JudgeModule(**common)
             if start is not None:

@@ -229,67 +229,66 @@ class TextModule(Pretraining):
         return found
 
 
-class ShortTextNetworks(nn.Module):
-    """Flux's and SD3's T5 and small CLIP, with the heads that teach them."""
+class T5Networks(nn.Module):
+    """Flux's and SD3's T5, with the heads that teach it. Their CLIPs are SDXL's."""
 
     def __init__(self):
         super().__init__()
-        self.tokens, self.t5_tokens = models.tokenizer(), models.t5_tokenizer()
-        self.tokens.model_max_length = models.SHORT
-        self.t5, self.clip = models.t5(self.t5_tokens), models.short_clip(self.tokens)
-        self.heads = nn.ModuleDict({name: AttributeHeads(width) for name, width in {"t5": 192, "penultimate": 64, "pooled": 64}.items()})
+        self.tokens = models.t5_tokenizer()
+        self.t5, self.heads = models.t5(self.tokens), AttributeHeads(192)
 
-    def read(self, clip_ids: Tensor, t5_ids: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Every head's reading. T5's padding is attended to and averaged over as any token: so the transformers see it."""
-        clip = self.clip(clip_ids, output_hidden_states=True)
-        length = (clip_ids == self.tokens.eos_token_id).int().argmax(-1)
-        mask = (torch.arange(clip_ids.shape[1], device=clip_ids.device) <= length[:, None])[..., None].float()
-        penultimate = (clip.hidden_states[-2] * mask).sum(1) / mask.sum(1)
-        states = {"t5": self.t5(t5_ids).last_hidden_state.mean(1), "penultimate": penultimate, "pooled": clip.text_embeds}
-        return {name: self.heads[name](vector) for name, vector in states.items()}
+    def read(self, ids: Tensor) -> dict[str, Tensor]:
+        """The heads' reading. Padding is attended to and averaged over as any token: so the transformers see it."""
+        return self.heads(self.t5(ids).last_hidden_state.mean(1))
 
     def save(self, out: Path, write: Callable[[nn.Module, Path], None]) -> None:
-        from transformers import CLIPTextModel
-
-        plain = CLIPTextModel(self.clip.config)
-        body = {name.removeprefix("text_model."): t for name, t in self.clip.state_dict().items() if name.startswith("text_model.")}
-        plain.load_state_dict(body if "final_layer_norm.weight" in plain.state_dict() else {f"text_model.{n}": t for n, t in body.items()})
-        write(plain, out / "flux/text_encoder")
-        write(self.clip, out / "sd3/text_encoder")
         for folder in ("flux/text_encoder_2", "sd3/text_encoder_3"):
             write(self.t5, out / folder)
-        for folder in ("flux/tokenizer", "sd3/tokenizer", "sd3/tokenizer_2"):
-            self.tokens.save_pretrained(out / folder)
         for folder in ("flux/tokenizer_2", "sd3/tokenizer_3"):
-            self.t5_tokens.save_pretrained(out / folder)
-        shutil.copytree(ROOT / "sdxl/text_encoder_2", out / "sd3/text_encoder_2", dirs_exist_ok=True)  # CLIP-G is SDXL's
+            self.tokens.save_pretrained(out / folder)
+        copy_clips(out, write)
 
 
-class ShortTextModule(Pretraining):
-    """T5 and CLIP by reading attributes back from what captions name, off the very states that the transformers see."""
+def copy_clips(out: Path, write: Callable[[nn.Module, Path], None]) -> None:
+    """SDXL's CLIPs as Flux (its second) and SD3 (both) have them: shorter, since no caption is longer, and SD3's with projections."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    load = {"dtype": torch.float32, "use_safetensors": True}
+    small = CLIPTextModelWithProjection.from_pretrained(ROOT / "sdxl/text_encoder", **load)  # without its projection
+    nn.init.eye_(small.text_projection.weight)
+    write(small, out / "sd3/text_encoder")
+    write(CLIPTextModel.from_pretrained(ROOT / "sdxl/text_encoder_2", **load), out / "flux/text_encoder")
+    shutil.copytree(ROOT / "sdxl/text_encoder_2", out / "sd3/text_encoder_2", dirs_exist_ok=True)
+    for source, copied in (("text_encoder", "sd3/text_encoder"), ("text_encoder_2", "flux/text_encoder")):
+        for name in ("provenance.json", "LICENSE"):
+            shutil.copyfile(ROOT / "sdxl" / source / name, out / copied / name)
+    tokens = models.tokenizer()
+    tokens.model_max_length = models.SHORT
+    for folder in ("flux/tokenizer", "sd3/tokenizer", "sd3/tokenizer_2"):
+        tokens.save_pretrained(out / folder)
+
+
+class T5Module(Pretraining):
+    """T5 by reading attributes back from what captions name, off the mean of the states that the transformers see."""
 
     def __init__(self, **settings):
-        super().__init__(ShortTextNetworks(), **settings)
+        super().__init__(T5Networks(), **settings)
 
     def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random):
         captions, named = zip(*(bank.caption(i, rng) for i in indices), strict=True)
         fixed = {"padding": "max_length", "max_length": models.SHORT, "truncation": True, "return_tensors": "pt"}
-        ids = (tokens(list(captions), **fixed).input_ids for tokens in (self.network.tokens, self.network.t5_tokens))
-        return *ids, labels_of(named)
+        return self.network.tokens(list(captions), **fixed).input_ids, labels_of(named)
 
     def losses(self, micro, key: tuple) -> Tensor:
-        clip_ids, t5_ids, said = micro
-        return sum(attribute_losses(reading, said) for reading in self.network.read(clip_ids, t5_ids).values())
+        ids, said = micro
+        return attribute_losses(self.network.read(ids), said)
 
     @torch.no_grad()
     def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
-        """Of each head the mean accuracy over the attributes."""
-        clip_ids, t5_ids, said = self.batch(bank, range(count), random.Random("measure"))
-        found = {}
-        for name, reading in self.network.read(clip_ids, t5_ids).items():
-            accuracy = attribute_accuracy(reading, said)
-            found[f"{name}_attributes"] = sum(accuracy.values()) / len(accuracy)
-        return found
+        """Mean accuracy over the attributes."""
+        ids, said = self.batch(bank, range(count), random.Random("measure"))
+        accuracy = attribute_accuracy(self.network.read(ids), said)
+        return {"t5_attributes": sum(accuracy.values()) / len(accuracy)}
 
 
 class JudgeModule(Pretraining):
