@@ -1,0 +1,1 @@
+"""Captions from pixels: backends behind one interface, batched, cached, resumable."""
