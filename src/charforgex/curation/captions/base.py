@@ -53,7 +53,7 @@ class Captioner(Protocol):
 
 
 def get_captioner(settings: CaptionSettings) -> Captioner:
-    """The captioner that `settings` asks for, its model not loaded yet; of several backends, their ensemble. Raises ConfigError, ModelError."""
+    """What `settings` asks for, its model not loaded yet; for several backends, their ensemble. Raises ConfigError or ModelError."""
     if len(settings.backends) == 1:
         return _build(settings.of(settings.backends[0]))
     members = [_build(settings.of(backend)) for backend in settings.backends]
@@ -71,7 +71,7 @@ def captioner_name(backend: str, model: str, shapes: Any) -> str:
 
 
 def model_digest(source: str) -> str:
-    """What tells models apart, in milliseconds: of a local file or folder the names, sizes and both ends of the files; of a hub's its name."""
+    """What tells models apart, in milliseconds: a hub's name; or of local files the names, sizes and both ends."""
     path = Path(source).expanduser()
     if not path.exists():
         return source
@@ -87,5 +87,5 @@ def model_digest(source: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A model's answer as one caption: a line without doubled blanks."""
-    return " ".join(text.split())
+    """A model's answer as one caption: a line without doubled blanks that every encoding of Unicode can write."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())

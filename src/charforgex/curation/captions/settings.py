@@ -64,7 +64,8 @@ class CaptionSettings:
     @property
     def _all(self) -> tuple[str, ...]:
         """The backends, and the one that an interrogator begins with."""
-        return (*self.backends, self.begin) if "interrogator" in self.backends and self.begin else self.backends
+        begin = (self.begin,) if "interrogator" in self.backends and self.begin else ()
+        return tuple(dict.fromkeys((*self.backends, *begin)))
 
     def __post_init__(self):
         for backend in self._all:
@@ -72,8 +73,10 @@ class CaptionSettings:
                 raise ConfigError(
                     not_among(f"captions.{'backend' if backend in self.backends else 'begin'}={backend}", backend, list(USES))
                 )
-        if not self.backends or len(set(self._all)) < len(self._all):
-            raise ConfigError(f"captions.backend={list(self._all)} must name each backend once, and at least one.")
+        if not self.backends or len(set(self.backends)) < len(self.backends):
+            raise ConfigError(f"captions.backend={list(self.backends)} must name each backend once, and at least one.")
+        if "interrogator" in self.backends and self.begin == "interrogator":
+            raise ConfigError("captions.begin=interrogator would begin with itself; use sidecar, a captioner, or null.")
         self._refuse_unused()
         self._check_sources()
         if "any" not in self.turns or not all(self.turns.values()):
