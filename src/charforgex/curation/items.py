@@ -79,6 +79,11 @@ class Face:
     def height(self) -> float:
         return self.box[3] - self.box[1]
 
+    def scaled(self, factor: float) -> Face:
+        """The same face in a picture resized by `factor`."""
+        points = tuple((x * factor, y * factor) for x, y in self.landmarks)
+        return replace(self, box=tuple(value * factor for value in self.box), landmarks=points)
+
 
 @dataclass(frozen=True)
 class Finding:
