@@ -149,7 +149,7 @@ BAD = {
     "windows": ({"path": "C:/x.png"}, "must be relative"),
     "backslash": ({"path": "a\\x.png"}, "must be relative"),
     "nul": ({"path": "a\0.png"}, "must be relative"),
-    "split": ({"split": "test"}, "train"),
+    "split": ({"split": "held"}, "train"),
     "width": ({"width": 1.5}, "width=1.5"),
     "bool": ({"height": True}, "height=True"),
     "captions": ({"captions": "one"}, "captions='one'"),

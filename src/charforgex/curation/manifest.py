@@ -15,13 +15,14 @@ import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from charforgex.curation.pictures import MAX_PIXELS, SUFFIXES, decode_picture, measure_picture, read_bytes, read_picture
+from charforgex.curation.split import MIN_TRAIN, Part, SplitSettings, split
 from charforgex.errors import DataError
 
 __all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture"]
@@ -31,8 +32,6 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_SUFFIX = ".mask.png"
 FOREIGN = frozenset({".heic", ".heif", ".jxl", ".psd", ".svg", ".jp2", ".tga", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr"})
 MAX_CAPTION_BYTES = 2**20
-VAL_SHARE = 0.15
-MIN_TRAIN = 2
 
 
 class Problem(NamedTuple):
@@ -44,7 +43,10 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One picture. Paths are relative to the manifest, with forward slashes; sizes are pixels of the upright picture."""
+    """One picture. Paths are relative to the manifest, with forward slashes; sizes are pixels of the upright picture.
+
+    `facts` is what curation knows of it (where it was cut from, scores, framing, its group of look-alikes); training does not depend on it.
+    """
 
     path: str
     sha256: str
@@ -54,6 +56,7 @@ class Record:
     split: str = "train"
     mask: str | None = None
     mask_sha256: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,12 @@ CHECKS = {
     "width": (lambda v: type(v) is int and v > 0, "must be a positive whole number"),
     "height": (lambda v: type(v) is int and v > 0, "must be a positive whole number"),
     "captions": (lambda v: isinstance(v, list) and all(isinstance(c, str) and c.strip() for c in v), "must be a list of texts"),
-    "split": (lambda v: v in ("train", "val"), 'must be "train" or "val"'),
+    "split": (lambda v: v in ("train", "val", "test"), 'must be "train", "val" or "test"'),
     "mask": (lambda v: v is None or isinstance(v, str), "must be a string or null"),
     "mask_sha256": (lambda v: v is None or _is_hash(v), "must be 64 lower-case hexadecimal digits or null"),
+    "facts": (lambda v: isinstance(v, dict), "must be an object"),
 }
-OPTIONAL = {"captions": [], "split": "train", "mask": None, "mask_sha256": None}
+OPTIONAL = {"captions": [], "split": "train", "mask": None, "mask_sha256": None, "facts": {}}
 assert set(CHECKS) == {field.name for field in fields(Record)} | {"version"}
 
 
@@ -286,20 +290,15 @@ def _with_mask(root: Path, record: Record, path: Path, max_pixels: int) -> Recor
 
 
 def split_records(records: Sequence[Record], val_count: int | None = None) -> list[Record]:
-    """Hold out the `val_count` records (15 % if not given) whose hashes come first, so that the same pictures stay held out.
+    """Hold out the `val_count` records (15 % if not given) whose ranks come first, so that the same pictures stay held out.
 
     At least two remain for training. Raises DataError if `val_count` leaves fewer.
     """
-    most = max(0, len(records) - MIN_TRAIN)
-    if val_count is None:
-        val_count = min(max(1, round(VAL_SHARE * len(records))), most)
-    elif not 0 <= val_count <= most:
+    if val_count is not None and not 0 <= val_count <= (most := max(0, len(records) - MIN_TRAIN)):
         raise DataError(f"val_count={val_count} of {len(records)} usable pictures: choose 0 to {most}, so that {MIN_TRAIN} can train.")
-    held = set(sorted(hashlib.sha256(f"split/{record.sha256}".encode()).hexdigest() for record in records)[:val_count])
-    return [
-        replace(record, split="val" if hashlib.sha256(f"split/{record.sha256}".encode()).hexdigest() in held else "train")
-        for record in records
-    ]
+    settings = SplitSettings() if val_count is None else SplitSettings(val=val_count)
+    sides = split([Part(record.sha256) for record in records], settings).sides
+    return [replace(record, split=side) for record, side in zip(records, sides, strict=True)]
 
 
 def from_folder(root: str | Path, val_count: int | None = None, min_side: int = 16, max_pixels: int = MAX_PIXELS) -> Manifest:
