@@ -1,0 +1,181 @@
+"""Where shards are worked on: this process, processes here, Ray, or a Slurm array. One interface: `map(entry, jobs)`.
+
+A job is a dict that JSON can hold, and its work ends in files that are whole or not there; so a job may be done twice, anywhere that sees
+the same folders, and a killed one is simply done again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from charforgex.binding import Range
+from charforgex.errors import CharForgeError, ConfigError
+from charforgex.runs import write_json
+
+Job = dict[str, Any]
+AHEAD = 2  # jobs given to each worker at a time: enough to keep it busy, few enough to stop soon
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """Where shards are worked on. `folder` is where Slurm's tasks read and write their jobs; every machine must see it."""
+
+    kind: Literal["local", "ray", "slurm"] = "local"
+    workers: Annotated[int, Range(at_least=1)] | None = None
+    address: str | None = None
+    sbatch: tuple[str, ...] = ()
+    folder: Path = Path()
+
+    def __post_init__(self):
+        if self.address is not None and self.kind != "ray":
+            raise ConfigError(f"curation.address={self.address} has an effect with curation.executor=ray only; leave it null.")
+        if self.sbatch and self.kind != "slurm":
+            raise ConfigError(f"curation.sbatch={list(self.sbatch)} has an effect with curation.executor=slurm only; leave it empty.")
+
+
+class Executor(Protocol):
+    def map(self, entry: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
+        """(number of the job, what `entry` ("module:function") returned), in the order in which they are done. A job's error is raised."""
+
+
+def get_executor(settings: ExecutorSettings) -> Executor:
+    if settings.kind == "ray":
+        return RayCluster(settings)
+    if settings.kind == "slurm":
+        return SlurmArray(settings)
+    return Local(settings.workers or os.cpu_count() or 1)
+
+
+def resolve(entry: str) -> Callable[[Job], Any]:
+    module, _, function = entry.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def call(entry: str, job: Job) -> Any:
+    return resolve(entry)(job)
+
+
+def _one_thread() -> None:
+    """Each worker computes on one core: more would take turns with the other workers."""
+    for library in ("OMP", "MKL", "OPENBLAS"):
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+
+
+class Local:
+    """`workers` processes, or this one if there is one worker or one job. A worker that is killed ends the run; the shards done stay."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+
+    def map(self, entry: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
+        if min(self.workers, len(jobs)) <= 1:
+            yield from ((number, call(entry, job)) for number, job in enumerate(jobs))
+            return
+        with ExitStack() as stack:
+            workers = min(self.workers, len(jobs))
+            # spawned, because a fork of a process with threads (torch, cv2) may hang
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread))
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            waiting, queue = {}, iter(enumerate(jobs))
+            while True:
+                while len(waiting) < AHEAD * workers and (following := next(queue, None)) is not None:
+                    waiting[pool.submit(call, entry, following[1])] = following[0]
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result()
+
+
+class RayCluster:
+    """Ray tasks: on the cluster at `address` ("auto" is the one that `ray start` made here), or on a Ray of this machine's own."""
+
+    def __init__(self, settings: ExecutorSettings):
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ConfigError('curation.executor=ray needs Ray: pip install "charforgex[ray]".') from error
+        self.ray, self.settings = ray, settings
+
+    def map(self, entry: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
+        ray = self.ray
+        if not ray.is_initialized():
+            given = {"address": self.settings.address} if self.settings.address else {"num_cpus": self.settings.workers}
+            try:
+                ray.init(**given, include_dashboard=False, log_to_driver=False, logging_level="error")
+            except ConnectionError as error:
+                raise ConfigError(f"curation.address={self.settings.address}: no Ray answers there ({error}).") from error
+        work = ray.remote(call).options(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+        limit = AHEAD * max(1, int(self.settings.workers or ray.cluster_resources().get("CPU", 1)))
+        waiting, queue = {}, iter(enumerate(jobs))
+        while True:
+            while len(waiting) < limit and (following := next(queue, None)) is not None:
+                waiting[work.remote(entry, following[1])] = following[0]
+            if not waiting:
+                return
+            for reference in ray.wait(list(waiting), num_returns=1)[0]:
+                number = waiting.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                yield number, result
+
+
+class SlurmArray:
+    """One `sbatch --wait` of an array of `workers` tasks; task i does jobs i, i + workers, ... Folders must be on a shared disk."""
+
+    def __init__(self, settings: ExecutorSettings):
+        if shutil.which("sbatch") is None:
+            raise ConfigError(
+                "curation.executor.kind=slurm needs sbatch, which is not on this machine; start it on a login node of the cluster."
+            )
+        self.settings = settings
+
+    def map(self, entry: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
+        if not jobs:
+            return
+        tasks = min(self.settings.workers or 16, len(jobs))
+        with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix="slurm_") as folder:
+            plan = Path(folder, "jobs.json")
+            write_json(plan, {"entry": entry, "tasks": tasks, "jobs": list(jobs)})
+            command = [sys.executable, "-m", "charforgex.curation.executors", str(plan)]
+            script = Path(folder, "array.sh")
+            options = [f"#SBATCH {option}" for option in (f"--array=0-{tasks - 1}", "--cpus-per-task=1", *self.settings.sbatch)]
+            lines = ["#!/bin/bash", *options, "export OMP_NUM_THREADS=1", f'{shlex.join(command)} "$SLURM_ARRAY_TASK_ID"']
+            script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            run = subprocess.run(["sbatch", "--wait", str(script)], capture_output=True, text=True)
+            results = [Path(folder, f"result_{number}.json") for number in range(len(jobs))]
+            lacking = [number for number, path in enumerate(results) if not path.exists()]
+            if run.returncode or lacking:
+                said = (run.stderr or run.stdout).strip()[-500:]
+                raise CharForgeError(
+                    f"The Slurm array left {len(lacking)} of {len(jobs)} shards undone (sbatch ended with {run.returncode}: {said}). "
+                    "What is done stays; the same command does the rest."
+                )
+            for number, path in enumerate(results):
+                yield number, json.loads(path.read_text(encoding="utf-8"))["result"]
+
+
+def do_task(plan: Path, task: int) -> None:
+    """What task `task` of the array does."""
+    told = json.loads(plan.read_text(encoding="utf-8"))
+    for number in range(task, len(told["jobs"]), told["tasks"]):
+        write_json(plan.parent / f"result_{number}.json", {"result": call(told["entry"], told["jobs"][number])})
+
+
+if __name__ == "__main__":
+    do_task(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,102 @@
+"""The same jobs give the same results in this process, in processes, through Ray, and through a Slurm array."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from charforgex.curation.executors import ExecutorSettings, get_executor
+from charforgex.errors import CharForgeError, ConfigError, DataError
+
+ENTRY = "tests.curation.test_executors:double"
+
+
+def double(job):
+    if job["number"] < 0:
+        raise DataError(f"{job['number']} is below zero.")
+    return {"twice": 2 * job["number"], "process": os.getpid()}
+
+
+def results(executor, count=7):
+    found = dict(executor.map(ENTRY, [{"number": number} for number in range(count)]))
+    assert [found[number]["twice"] for number in range(count)] == [2 * number for number in range(count)]
+    return {value["process"] for value in found.values()}
+
+
+def test_one_worker_is_this_process():
+    assert results(get_executor(ExecutorSettings(workers=1))) == {os.getpid()}
+
+
+def test_processes_and_their_errors(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    executor = get_executor(ExecutorSettings(workers=2))
+    assert os.getpid() not in results(executor)
+    with pytest.raises(DataError, match="-1 is below zero"):
+        list(executor.map(ENTRY, [{"number": 1}, {"number": -1}, {"number": 2}]))
+    assert list(executor.map(ENTRY, [])) == []
+
+
+def test_ray(monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is an extra: pip install charforgex[ray]")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        executor = get_executor(ExecutorSettings(kind="ray", workers=2))
+        assert os.getpid() not in results(executor)
+        with pytest.raises(DataError, match="-1 is below zero"):
+            list(executor.map(ENTRY, [{"number": -1}]))
+    finally:
+        ray.shutdown()
+
+
+SBATCH = """#!{python}
+import re, subprocess, sys
+script = sys.argv[-1]
+assert sys.argv[1] == "--wait"
+text = open(script).read()
+assert "#SBATCH --partition=cpu" in text
+last = int(re.search(r"--array=0-(\\d+)", text).group(1))
+for task in range({first}, last + 1):
+    subprocess.run(["bash", script], check=True, env={{**__import__("os").environ, "SLURM_ARRAY_TASK_ID": str(task)}})
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """An `sbatch` that runs the array's tasks here, one after the other."""
+
+    def install(first=0):
+        path = tmp_path / "bin/sbatch"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SBATCH.format(python=sys.executable, first=first))
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), *sys.path]))
+        return get_executor(ExecutorSettings(kind="slurm", workers=3, sbatch=("--partition=cpu",), folder=tmp_path))
+
+    return install
+
+
+def test_a_slurm_array(slurm, tmp_path):
+    assert len(results(slurm())) == 3, "one process a task"
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"], "its jobs are cleared away"
+
+
+def test_a_task_that_never_ran_is_told(slurm):
+    with pytest.raises(CharForgeError, match="left 3 of 7 shards undone"):
+        results(slurm(first=1))
+
+
+def test_where_there_is_no_slurm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="sbatch"):
+        get_executor(ExecutorSettings(kind="slurm"))
+
+
+def test_options_of_another_executor_are_refused():
+    with pytest.raises(ConfigError, match="executor=ray"):
+        ExecutorSettings(address="auto")
+    with pytest.raises(ConfigError, match="executor=slurm"):
+        ExecutorSettings(sbatch=("--partition=cpu",))
