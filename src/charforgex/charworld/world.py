@@ -8,6 +8,8 @@ scene, framing. Both are drawn from a `random.Random`, so a seed is a picture. `
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 KINDS = ("woman", "man")
@@ -261,3 +263,32 @@ def read_prompt(prompt: str) -> dict[str, str]:
             if garment_words(garment, colour).removeprefix("a ").removeprefix("an ") in text:
                 asked |= {"garment": garment, "garment_colour": colour}
     return asked
+
+
+def read_caption(text: str) -> dict[str, str]:
+    """Every attribute that a caption of charworld's names: the inverse of `caption` without a name, for measuring.
+
+    Glasses, beard, mark and hat are "none" where nothing is said of them.
+    """
+    said = read_prompt(text) | {"glasses": "none", "beard": "none", "mark": "none", "hat": "none"}
+    lower = f" {text.lower().replace(',', ' ,')} "
+
+    def note(name: str, values: Iterable[str], pattern: str, **more: Iterable[str]) -> None:
+        choices = {"value": values, **more}
+        found = re.search(pattern.format(**{n: "|".join(map(re.escape, v)) for n, v in choices.items()}), lower)
+        if found:
+            said[name] = found["value"]
+            said.update({other: found[other] for other in more})
+
+    note("kind", KINDS, r" of an? (?P<value>{value}) ")
+    note("skin", SKINS, r" (?P<value>{value}) skin ")
+    note("eye_colour", EYE_COLOURS, r" (?P<value>{value}) eyes ")
+    note("hair", HAIRS[1:], r" (?P<hair_colour>{hair_colour}) (?P<value>{value}) hair ", hair_colour=HAIR_COLOURS)
+    note("hair", HAIRS[:1], r" a (?P<value>{value}) head ")
+    note("glasses", GLASSES[1:3], r" (?P<value>{value}) \w+ glasses ")
+    note("glasses", GLASSES[3:], r" (?P<value>{value}) ")
+    note("beard", BEARDS[1:], r" a (?P<value>{value}) ")
+    note("mark", MARKS[1:], r" (?P<value>{value}) ")
+    note("hat", HATS[1:], r" (?P<hat_colour>{hat_colour}) (?P<value>{value}) ", hat_colour=HAT_COLOURS)
+    note("hat", ("crown",), r" a (?P<value>{value}) ")
+    return said

@@ -33,6 +33,17 @@ def load_judge(root: Path = ROOT):
     return judge.eval().requires_grad_(False)
 
 
+def load_detector(root: Path = ROOT):
+    """The frozen face `Detector`, float32."""
+    from safetensors.torch import load_file
+
+    from charforgex.charworld.detector import Detector
+
+    detector = Detector()
+    detector.load_state_dict({name: tensor.float() for name, tensor in load_file(root / "detector/model.safetensors").items()})
+    return detector.eval().requires_grad_(False)
+
+
 def load_clip():
     """The frozen `CLIPModel`, float32, and its tokenizer."""
     import torch
@@ -40,3 +51,12 @@ def load_clip():
 
     model = CLIPModel.from_pretrained(ROOT / "clip", dtype=torch.float32, use_safetensors=True).eval()
     return model.requires_grad_(False), CLIPTokenizer.from_pretrained(ROOT / "clip")
+
+
+def load_captioner(root: Path = ROOT):
+    """The frozen `VisionEncoderDecoderModel`, float32, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, VisionEncoderDecoderModel
+
+    model = VisionEncoderDecoderModel.from_pretrained(root / "captioner", dtype=torch.float32, use_safetensors=True).eval()
+    return model.requires_grad_(False), AutoTokenizer.from_pretrained(root / "captioner")
