@@ -61,9 +61,9 @@ _CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 28)[:-1]), np.sin(np.linspa
 class Canvas:
     """A picture of `size` pixels, drawn in units of its width; `move` sets the transform for what follows."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, mode: str = "RGB"):
         self.pixels = size * OVERSAMPLE
-        self.image = Image.new("RGB", (self.pixels, self.pixels))
+        self.image = Image.new(mode, (self.pixels, self.pixels))
         self.pen = ImageDraw.Draw(self.image)
         self.move()
 
@@ -173,10 +173,38 @@ def render(identity: Identity, context: Context, size: int = 64) -> np.ndarray:
     """The picture, uint8 (size, size, 3)."""
     canvas = Canvas(size)
     scenery(canvas, context)
+    return draw_figure(canvas, identity, context)
+
+
+def cut_out(identity: Identity, context: Context, size: int = 64) -> np.ndarray:
+    """The character alone, uint8 (size, size, 4): RGB, and alpha that is 0 where nothing of it is."""
+    return draw_figure(Canvas(size, "RGBA"), identity, context)
+
+
+def placing(context: Context) -> tuple[dict[str, float], dict]:
+    """Where `Canvas.move` puts the body, and the head."""
     unit, y = {"portrait": (0.27, 0.47), "close-up": (0.35, 0.52)}[context.frame]
-    unit *= context.scale
-    place = {"x": 0.5 + context.dx, "y": y + context.dy, "unit": unit}
-    head = place | {"degrees": context.tilt, "pivot": (0.0, 0.9)}
+    place = {"x": 0.5 + context.dx, "y": y + context.dy, "unit": unit * context.scale}
+    return place, place | {"degrees": context.tilt, "pivot": (0.0, 0.9)}
+
+
+def face_of(identity: Identity, context: Context, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Where `render` draws the face, in pixels: its box (left, top, right, bottom) from brow to chin and ear to ear, without hair,
+    and (5, 2) points: left and right eye, nose, left and right mouth corner as the viewer sees them.
+    """
+    canvas, figure = Canvas(1), Figure(identity, context)
+    canvas.move(**placing(context)[1])
+    mouth, half = figure.mouth_place()
+    points = [(-figure.eye_x + figure.dx, figure.eye_y), (figure.eye_x + figure.dx, figure.eye_y), (figure.dx * 1.25, figure.nose_y),
+              (mouth[0] - half, mouth[1]), (mouth[0] + half, mouth[1])]  # fmt: skip
+    top, bottom = figure.eye_y - 0.5, figure.height
+    oval = _CIRCLE * (figure.width, (bottom - top) / 2) + (0, (top + bottom) / 2)
+    outline, points = (np.array(canvas._at(p)) * size / OVERSAMPLE for p in (oval, points))
+    return np.concatenate([outline.min(0), outline.max(0)]), points
+
+
+def draw_figure(canvas: Canvas, identity: Identity, context: Context) -> np.ndarray:
+    place, head = placing(context)
     figure = Figure(identity, context)
     canvas.move(**head)
     figure.back_hair(canvas)
@@ -207,6 +235,12 @@ class Figure:
         self.dx = 0.24 * context.yaw  # how far the face's features shift when the head turns
         self.eye_x = 0.35 + 0.05 * identity.eye_spacing
         self.eye_y = 0.1 + 0.06 * identity.eye_height
+        self.nose_y = 0.36 + 0.05 * identity.nose_length
+
+    def mouth_place(self) -> tuple[tuple[float, float], float]:
+        """The mouth's middle and half its width."""
+        y = 0.62 + 0.03 * self.i.nose_length + (0.0 if self.i.beard == "none" else 0.04)
+        return (self.dx * 1.05, y), 0.25 + 0.05 * self.i.mouth_width
 
     def back_hair(self, canvas: Canvas) -> None:
         w, h, dark = self.width, self.height, self.hair_dark
@@ -356,26 +390,24 @@ class Figure:
                 thick,
                 brow_colour,
             )
-        nose = 0.36 + 0.05 * self.i.nose_length
-        canvas.oval(dx * 1.25, nose, 0.085, 0.06 + 0.02 * self.i.nose_length, shade(self.skin, 0.7))
+        canvas.oval(dx * 1.25, self.nose_y, 0.085, 0.06 + 0.02 * self.i.nose_length, shade(self.skin, 0.7))
 
     def mouth(self, canvas: Canvas) -> None:
-        x, y = self.dx * 1.05, 0.62 + 0.03 * self.i.nose_length
-        half = 0.25 + 0.05 * self.i.mouth_width
+        (x, y), half = self.mouth_place()
         woman = self.i.kind == "woman"
         lip = (200, 44, 60) if woman else shade(self.skin, 0.45)
         if self.i.beard != "none":
+            above = y - 0.04
             canvas.fill(
                 curve(
-                    (x, y - 0.16),
-                    (x + 0.3, y - 0.2, x + 0.46, y + 0.03),
-                    (x, y - 0.04),
-                    (x - 0.46, y + 0.03),
-                    (x - 0.3, y - 0.2, x, y - 0.16),
+                    (x, above - 0.16),
+                    (x + 0.3, above - 0.2, x + 0.46, above + 0.03),
+                    (x, above - 0.04),
+                    (x - 0.46, above + 0.03),
+                    (x - 0.3, above - 0.2, x, above - 0.16),
                 ),
                 shade(self.hair_dark, 0.8),
             )
-            y += 0.04
         if self.c.expression == "surprised" or self.c.talk > 0.05:
             size = 0.16 if self.c.expression == "surprised" else 0.16 * self.c.talk
             canvas.oval(x, y + 0.05, 0.13, size, (96, 20, 32))

@@ -1,8 +1,9 @@
 """`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
-that the base stays valid), guidance (Flux's base learns to take guidance as an input). Flux and SD3 share their VAE and T5, and have
-SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints.
+that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), captioner (with the
+embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable
+at any instant, logged, with its checkpoints.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from charforgex import runs
 from charforgex.charworld import models
 from charforgex.charworld.assets import ROOT, SCHEDULERS
+from charforgex.charworld.crowds import Cast
 from charforgex.config import bind
 from charforgex.data.rendered import RenderedBank
 from charforgex.draws import python_rng
@@ -33,6 +35,7 @@ from charforgex.families.loading import quiet, weights_hash
 from charforgex.training import report, stages
 from charforgex.training.character import choose_device
 from charforgex.training.checkpoints import load_last_good
+from charforgex.training.detecting import FacesModule
 from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
@@ -43,12 +46,13 @@ from charforgex.types import Components
 
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
+EMBEDDED = {"judge": "judge", "faces": "detector", "captioner": "captioner"}  # stages that train no part of a base: their folders
 
 
 def folders(stage: str, family: str) -> list[str]:
     """What a stage trains. Flux and SD3 share all but the transformer."""
-    if stage == "judge":
-        return ["judge"]
+    if stage in EMBEDDED:
+        return [EMBEDDED[stage]]
     if stage in ("base", "guidance"):
         return [f"{family}/{registry.get(family).denoiser_name}"]
     if stage in ("vae", "decoder"):
@@ -60,7 +64,7 @@ def folders(stage: str, family: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance"]
+    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "captioner"]
     family: Literal["sdxl", "flux", "sd3"] = "sdxl"
     out: Path | None = None
     start: str | None = None
@@ -97,10 +101,8 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     cache = Path(cfg.cache_dir)
-    variants = VARIANTS if options.stage == "judge" else 1
     with console.status("rendering pictures"):
-        bank = RenderedBank(cache, options.pictures, seed=1, variants=variants)
-        unseen = RenderedBank(cache, 2400, seed=2, variants=variants, held_out=options.stage in ("judge", "text"))
+        bank, unseen = make_banks(options, cache)
     start = ROOT if options.start == "embedded" else Path(options.start) if options.start else None
     module = build_module(options, start, cfg, settings, bank)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -167,6 +169,15 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     return result
 
 
+def make_banks(options: PretrainSettings, cache: Path):
+    """What a stage learns on, and what it is measured on."""
+    if options.stage == "faces":
+        return Cast(options.pictures, seed=1), Cast(400, seed=2, held_out=True)
+    variants = VARIANTS if options.stage == "judge" else 1
+    unseen = RenderedBank(cache, 2400, seed=2, variants=variants, held_out=options.stage in ("judge", "text", "captioner"))
+    return RenderedBank(cache, options.pictures, seed=1, variants=variants), unseen
+
+
 def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig, settings: Settings, bank: RenderedBank):
     """The stage's module, its networks fresh or as they are in `start`."""
     torch.manual_seed(cfg.seed)  # the initial weights
@@ -199,6 +210,16 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
                 from charforgex.charworld.assets import load_judge
 
                 module.network.load_state_dict(load_judge(start).state_dict())
+        case "captioner":
+            from charforgex.training.captioning import CaptionModule
+
+            module = CaptionModule(start, **common)
+        case "faces":
+            module = FacesModule(**common)
+            if start is not None:
+                from charforgex.charworld.assets import load_detector
+
+                module.network.load_state_dict(load_detector(start).state_dict())
         case "base" | "guidance":
             if options.stage == "guidance" and (start is None or options.family != "flux"):
                 raise ConfigError(
@@ -243,12 +264,12 @@ def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path)
         case "base" | "guidance":
             _save(module.denoiser, out / folders("base", options.family)[0])
             write_index(out / options.family)
-        case "judge":
-            folder = out / "judge"
+        case "judge" | "faces":
+            folder = out / EMBEDDED[options.stage]
             folder.mkdir(parents=True, exist_ok=True)
             weights = {n: t.half().contiguous() for n, t in module.network.state_dict().items() if t.is_floating_point()}
             save_file(weights, folder / "model.safetensors")
-        case "text":
+        case "text" | "captioner":
             module.network.save(out, _save)
 
 
