@@ -46,7 +46,8 @@ class Captioner(Protocol):
     reads: frozenset[str]
 
     def caption(self, pictures: Sequence[Image.Image], contexts: Sequence[Context]) -> list[str]:
-        """One text a picture; each of its lines is a caption (as in a `.txt` beside a picture), an empty text is none.
+        """One text a picture; each of its lines is a caption (as in a `.txt` beside a picture), an empty text is none
+        (a backend that knows why has logged it).
 
         Raises ModelError or ConfigError for what holds for every picture; anything else is taken for this batch's own trouble.
         """

@@ -159,7 +159,10 @@ class _Runner:
         else:
             assert len(texts) == len(opened), f"{self.captioner.name} gave {len(texts)} captions for {len(opened)} pictures"
             self.failures = 0
-            return {key: text for (key, _, _), text in zip(opened, texts, strict=True)}
+            for (_, job, _), text in zip(opened, texts, strict=True):
+                if not text:
+                    self.report(job.context.name, f"no caption by {self.captioner.name}: it had nothing to say")
+            return {key: text for (key, _, _), text in zip(opened, texts, strict=True) if text}
 
         # Here the exception, and with it the tensors that its traceback holds, is gone.
         _free_memory()
