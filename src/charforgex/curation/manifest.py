@@ -13,25 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from charforgex.curation.pictures import MAX_PIXELS, SUFFIXES, decode_picture, measure_picture, read_bytes, read_picture
+from charforgex.curation.folders import FOREIGN, MAX_CAPTION_BYTES, caption_lines, printable, resolve_inside, sort_names, suffix_of, walk
+from charforgex.curation.pictures import MAX_PIXELS, decode_picture, measure_picture, read_bytes, read_picture
 from charforgex.curation.split import MIN_TRAIN, Part, SplitSettings, split
 from charforgex.errors import DataError
 
 __all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture"]
 
 VERSION = 1
-CAPTION_SUFFIXES = (".txt", ".caption")
-MASK_SUFFIX = ".mask.png"
-FOREIGN = frozenset({".heic", ".heif", ".jxl", ".psd", ".svg", ".jp2", ".tga", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr"})
-MAX_CAPTION_BYTES = 2**20
 
 
 class Problem(NamedTuple):
@@ -111,21 +107,6 @@ class Manifest:
         """SHA-256 over what training depends on: pictures, captions, masks and split; not the files' names."""
         content = sorted([r.sha256, r.captions, r.mask_sha256, r.split] for r in self.records)
         return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()
-
-
-def resolve_inside(root: Path, relative: str) -> Path:
-    """The file `relative` names under `root`. Raises DataError if it is absolute, climbs with `..`, or a link leads outside."""
-    pure = PurePosixPath(relative)
-    if not relative or "\0" in relative or "\\" in relative or pure.is_absolute() or PureWindowsPath(relative).drive or ".." in pure.parts:
-        raise DataError(f"the path {relative!r} must be relative, with forward slashes, and stay inside the manifest's folder")
-    root = root.resolve()
-    try:
-        target = (root / pure).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise DataError(f"the path {relative!r} cannot be followed: {error}") from error
-    if not target.is_relative_to(root):
-        raise DataError(f"the path {relative!r} is a link that leads out of the manifest's folder, to {target}")
-    return target
 
 
 def _is_hash(value: object) -> bool:
@@ -217,76 +198,39 @@ def open_manifest(source: str | Path, val_count: int | None = None, min_side: in
     return Manifest.read(path)
 
 
-def printable(path: str | Path) -> str:
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def _walk(root: Path) -> tuple[list[Path], list[Problem]]:
-    """Files under `root` in the order of their relative paths; what is a link out of it or has no proper name is a problem."""
-    files, problems = [], []
-
-    def unreadable(error: OSError) -> None:
-        problems.append(Problem(printable(os.path.relpath(error.filename, root)), f"the folder cannot be read: {error.strerror}"))
-
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in subfolders:
-            path = Path(folder, name)
-            if path.is_symlink():
-                problems.append(Problem(printable(path.relative_to(root)), "a linked folder is not followed; copy it here"))
-            elif path.suffix.lower() in SUFFIXES:
-                problems.append(Problem(printable(path.relative_to(root)), "it is a folder, not a picture; pictures inside are used"))
-        for name in names:
-            if not name.startswith("."):
-                files.append(Path(folder, name))
-    return sorted(files, key=lambda path: path.relative_to(root).parts), problems
-
-
-def _stem(path: Path, suffix: str) -> tuple[Path, str]:
-    """What ties a caption or mask to its picture. Composed and decomposed accents count as equal: macOS mixes them."""
-    return path.parent, unicodedata.normalize("NFC", path.name[: len(path.name) - len(suffix)])
-
-
-def _captions(paths: Sequence[Path]) -> tuple[str, ...]:
+def _captions(root: Path, names: Sequence[str]) -> tuple[str, ...]:
     lines = []
-    for path in paths:
+    for name in names:
         try:
-            text = read_bytes(path, MAX_CAPTION_BYTES, may_be_empty=True).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"its caption {printable(path.name)} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+            lines += caption_lines(read_bytes(resolve_inside(root, name), MAX_CAPTION_BYTES, may_be_empty=True))
         except DataError as error:
-            raise DataError(f"its caption {printable(path.name)}: {error}") from error
-        lines += [" ".join(line.split()) for line in text.replace("\0", " ").splitlines()]
-    return tuple(dict.fromkeys(line for line in lines if line))
+            raise DataError(f"its caption {printable(Path(name).name)}: {error}") from error
+    return tuple(dict.fromkeys(lines))
 
 
-def _read_record(root: Path, path: Path, captions: Sequence[Path], min_side: int, max_pixels: int) -> Record | Problem:
-    relative = path.relative_to(root).as_posix()
-    if printable(relative) != relative:
-        return Problem(printable(relative), "its name is not valid UTF-8; rename it")
+def _read_record(root: Path, name: str, captions: Sequence[str], min_side: int, max_pixels: int) -> Record | Problem:
+    if printable(name) != name:
+        return Problem(printable(name), "its name is not valid UTF-8; rename it")
     try:
-        data = read_bytes(resolve_inside(root, relative))
+        data = read_bytes(resolve_inside(root, name))
         width, height = measure_picture(data, max_pixels)
         if min(width, height) < min_side:
             raise DataError(f"its size is {width} x {height}; sides below {min_side} pixels are too small")
-        for caption in captions:
-            resolve_inside(root, caption.relative_to(root).as_posix())
-        return Record(relative, hashlib.sha256(data).hexdigest(), width, height, _captions(captions))
+        return Record(name, hashlib.sha256(data).hexdigest(), width, height, _captions(root, captions))
     except DataError as error:
-        return Problem(relative, str(error))
+        return Problem(name, str(error))
 
 
-def _with_mask(root: Path, record: Record, path: Path, max_pixels: int) -> Record | Problem:
-    relative = path.relative_to(root).as_posix()
+def _with_mask(root: Path, record: Record, mask: str, max_pixels: int) -> Record | Problem:
     try:
-        data = read_bytes(resolve_inside(root, relative))
+        data = read_bytes(resolve_inside(root, mask))
         size = measure_picture(data, max_pixels)
     except DataError as error:
-        return Problem(printable(relative), f"{error}; {record.path} has no mask now")
+        return Problem(printable(mask), f"{error}; {record.path} has no mask now")
     if size != (record.width, record.height):
         sizes = f"its size is {size[0]} x {size[1]}, the picture's is {record.width} x {record.height}"
-        return Problem(relative, f"{sizes}; {record.path} has no mask now")
-    return replace(record, mask=relative, mask_sha256=hashlib.sha256(data).hexdigest())
+        return Problem(mask, f"{sizes}; {record.path} has no mask now")
+    return replace(record, mask=mask, mask_sha256=hashlib.sha256(data).hexdigest())
 
 
 def split_records(records: Sequence[Record], val_count: int | None = None) -> list[Record]:
@@ -310,34 +254,26 @@ def from_folder(root: str | Path, val_count: int | None = None, min_side: int = 
     root = Path(root).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"{root} is not a folder.")
-    files, problems = _walk(root)
-    pictures, masks, texts = [], {}, {}
-    for path in files:
-        name, suffix = path.name.lower(), path.suffix.lower()
-        if name.endswith(MASK_SUFFIX):
-            masks[_stem(path, MASK_SUFFIX)] = path
-        elif suffix in SUFFIXES:
-            pictures.append(path)
-        elif suffix in CAPTION_SUFFIXES:
-            texts.setdefault(_stem(path, suffix), []).append(path)
-        elif suffix in FOREIGN:
-            problems.append(Problem(printable(path.relative_to(root)), f"{suffix} is not supported; save it as PNG, JPEG or WebP"))
-    for found in texts.values():
-        found.sort(key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()))
+    files = list(walk(root))
+    problems = [Problem(printable(name), why.reason) for name, why in files if why]
+    found = sort_names(name for name, why in files if not why)
+    for name in found.others:
+        if (suffix := suffix_of(name).lower()) in FOREIGN:
+            problems.append(Problem(printable(name), f"{suffix} is not supported; save it as PNG, JPEG or WebP"))
 
-    def read(path: Path) -> Record | Problem:
-        return _read_record(root, path, texts.get(_stem(path, path.suffix), ()), min_side, max_pixels)
+    def read(name: str) -> Record | Problem:
+        return _read_record(root, name, found.captions(name), min_side, max_pixels)
 
     # Decoders release the interpreter's lock; few threads, for their memory. What Pillow warns of, it then reads or refuses.
     with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        results = list(pool.map(read, pictures))
+        results = list(pool.map(read, found.pictures))
 
     records: dict[str, Record] = {}
-    for path, result in zip(pictures, results, strict=True):
+    for name, result in zip(found.pictures, results, strict=True):
         if isinstance(result, Record) and result.sha256 in records:
             result = Problem(result.path, f"it is the same file as {records[result.sha256].path}; its captions are not used")
-        if isinstance(result, Record) and (mask := masks.get(_stem(path, path.suffix))):
+        if isinstance(result, Record) and (mask := found.mask(name)):
             masked = _with_mask(root, result, mask, max_pixels)
             if isinstance(masked, Problem):
                 problems.append(masked)
@@ -348,8 +284,5 @@ def from_folder(root: str | Path, val_count: int | None = None, min_side: int = 
         else:
             records[result.sha256] = result
 
-    stems = {_stem(path, path.suffix) for path in pictures}
-    lonely = [path for stem, found in texts.items() if stem not in stems for path in found]
-    lonely += [path for stem, path in masks.items() if stem not in stems]
-    problems += [Problem(printable(path.relative_to(root)), "no picture has this name") for path in lonely]
+    problems += [Problem(printable(name), "no picture has this name") for name in found.lonely()]
     return Manifest(root, tuple(split_records(list(records.values()), val_count)) if records else (), tuple(sorted(problems)))
