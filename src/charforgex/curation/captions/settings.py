@@ -26,6 +26,7 @@ WANTED = {
     "florence": "a Florence-2 of transformers, such as florence-community/Florence-2-base or a folder",
     "chat": "a model that talks about pictures, such as Qwen/Qwen3-VL-4B-Instruct, zai-org/GLM-4.1V-9B-Thinking or a folder",
     "endpoint": "the model's name at the endpoint",
+    "interrogator": "a CLIP of transformers, such as openai/clip-vit-large-patch14, a folder, or charworld",
     "tagger": "a folder with model.onnx and selected_tags.csv, or an image classifier of transformers",
 }
 TURN = (
