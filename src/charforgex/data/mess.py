@@ -1,7 +1,7 @@
 """A folder as people have them: a held-out character's pictures, and between them all that curation is to find.
 
-Each file is a function of (character, kind, number). The names in the folder tell nothing; the table that `write_mess` returns says which class
-of `curation.items.CLASSES` each file belongs to.
+Each file is a function of (character, kind, number). The names in the folder tell nothing; `write_mess` returns which class of
+`curation.items.CLASSES` each file belongs to.
 """
 
 from __future__ import annotations
