@@ -107,16 +107,16 @@ class CharworldDetector:
 class HaarDetector:
     """Viola & Jones' cascades that OpenCV brings: frontal faces, and profiles both ways. Roll comes from the eyes where both are found.
 
-    For photographs. The score is the logistic of the last stage's margin, less what chance brings: coins and clouds come to 3.5 without
-    eyes, a clear face to 6 with them.
+    For photographs. The score is the logistic of the last stage's margin, less what chance brings: the moon comes to 4 without
+    eyes, coins to 2.6 with what looks like eyes, a clear face to 7.
     """
 
     name = "haar"
     side = 480  # of the picture that the cascades see: larger ones take time and give false alarms
     least = 0.06  # of the shorter side, and at least 20 pixels
     neighbours = 6  # detections at nearly one place that make a face
-    doubt = 4.0
-    doubt_with_eyes = 1.0
+    doubt = 5.0
+    doubt_with_eyes = 3.0
 
     def __init__(self):
         self.frontal, self.profile, self.eye = (
