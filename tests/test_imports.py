@@ -14,8 +14,9 @@ INTERFACES = {"curation.manifest", "families.base"}  # what a package may know o
 ALLOWED = {
     "lora": set(),
     "families": {"lora"},
-    "embedders": {"charworld"},
-    "curation": {"charworld", "embedders"},
+    "onnx_nets": set(),
+    "embedders": {"charworld", "onnx_nets"},
+    "curation": {"charworld", "embedders", "onnx_nets"},
     "charworld": set(),
     "data": {"curation.manifest", "families.base", "charworld"},
     "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation.manifest", "charworld"},

@@ -16,6 +16,7 @@ from charforgex.errors import ConfigError, ModelError
 
 class Embedder(Protocol):
     name: str
+    aligned: bool  # wants faces of 112 x 112 turned and scaled so that eyes, nose and mouth are where ArcFace has them
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (N, D), float32, whose cosine says how much two pictures show the same character."""
@@ -30,7 +31,7 @@ def to_pixels(pictures: Sequence[Image.Image], size: int) -> Tensor:
 class CharworldEmbedder:
     """The embedded judge's identity vectors: trained against look-alikes that the same words describe."""
 
-    name = "charworld"
+    name, aligned = "charworld", False
 
     def __init__(self):
         from charforgex.charworld.assets import load_judge
@@ -43,6 +44,8 @@ class CharworldEmbedder:
 
 class TransformersEmbedder:
     """Any image model of transformers by path or hub id, such as facebook/dinov2-base: its pooled output, normalised."""
+
+    aligned = False
 
     def __init__(self, source: str):
         from transformers import AutoImageProcessor, AutoModel
@@ -61,10 +64,42 @@ class TransformersEmbedder:
         return F.normalize(model(**inputs).pooler_output.float(), dim=-1)
 
 
-def get_embedder(source: str) -> Embedder:
+class ArcFaceEmbedder:
+    """A face recogniser as an .onnx file, trained as ArcFace was (Deng et al. 2019): RGB in [-1, 1] at 112 x 112 to one vector.
+
+    For files without the scaling of pixels inside, such as InsightFace's w600k_r50.onnx.
+    """
+
+    aligned = True
+
+    def __init__(self, source: str):
+        from charforgex.onnx_nets import OnnxNet
+
+        self.name, self.net = source, OnnxNet(source, 112, "The embedder")
+        self([Image.new("RGB", (112, 112))])
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        found = [self.net.run(pixels[None].numpy()) for pixels in to_pixels(pictures, 112)]
+        if any(len(outputs) != 1 or outputs[0].size < 16 for outputs in found):
+            shapes = [tuple(output.shape) for output in found[0]]
+            raise ModelError(f"The embedder {self.name} gives {shapes}; a face recogniser gives one vector.")
+        return F.normalize(torch.from_numpy(np.stack([outputs[0].reshape(-1) for outputs in found])), dim=-1)
+
+
+def get_embedder(source: str, faces: bool = False) -> Embedder:
+    """`charworld`, an image model of transformers, or, where the caller brings `faces`, an ArcFace by a path that ends in .onnx.
+
+    Raises ConfigError and ModelError.
+    """
     if not source:
         raise ConfigError('The embedder "" names nothing; give charworld, or an image model of transformers by path or hub id.')
-    return CharworldEmbedder() if source == "charworld" else TransformersEmbedder(source)
+    if source == "charworld":
+        return CharworldEmbedder()
+    if not source.endswith(".onnx"):
+        return TransformersEmbedder(source)
+    if not faces:
+        raise ConfigError(f"The embedder {source} is for aligned faces, and here whole pictures are compared; give charworld or a folder.")
+    return ArcFaceEmbedder(source)
 
 
 class Clip:

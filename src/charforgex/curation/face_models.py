@@ -1,12 +1,11 @@
 """Face detectors whose weights the user brings: YuNet, SCRFD and RetinaFace as ONNX files, and object detectors of transformers.
 
-ONNX files run in OpenCV's own engine; what that cannot read goes to onnxruntime where it is installed. All landmarks are in `Face`'s order.
+All landmarks are in `Face`'s order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -15,49 +14,11 @@ import numpy as np
 
 from charforgex.curation.items import Face
 from charforgex.errors import ModelError
+from charforgex.onnx_nets import OnnxNet
 
 STRIDES = (8, 16, 32)
+SETTING = "curation.faces.model"
 LEAST = 0.05  # scores below are not looked at: a face of that is none
-
-
-class OnnxNet:
-    """An ONNX file as a function of pixels (1, 3, side, side) to arrays. Raises ModelError if no engine here runs it."""
-
-    def __init__(self, path: str, side: int):
-        source = Path(path).expanduser()
-        if not source.is_file():
-            raise ModelError(f"curation.faces.model={path} is not a file; give the .onnx file of the detector.")
-        probe = np.zeros((1, 3, side, side), np.float32)
-        try:
-            net = cv2.dnn.readNetFromONNX(str(source))
-            names = net.getUnconnectedOutLayersNames()
-
-            def run(pixels: np.ndarray) -> list[np.ndarray]:
-                net.setInput(pixels)
-                return list(net.forward(names))
-
-            run(probe)
-        except cv2.error as error:
-            run = self._runtime(source, probe, error)
-        self.run = run
-
-    @staticmethod
-    def _runtime(source: Path, probe: np.ndarray, cause: Exception):
-        said = str(cause).strip().splitlines()[-1]
-        if find_spec("onnxruntime") is None:
-            raise ModelError(
-                f"curation.faces.model={source} is not an ONNX file that OpenCV runs: {said}. "
-                f"If it is a good one, pip install onnxruntime, which runs more."
-            ) from cause
-        import onnxruntime
-
-        try:
-            session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
-            name = session.get_inputs()[0].name
-            session.run(None, {name: probe})
-        except Exception as error:  # onnxruntime's own errors share no base class
-            raise ModelError(f"curation.faces.model={source} runs neither in OpenCV ({said}) nor in onnxruntime: {error}") from error
-        return lambda pixels: session.run(None, {name: pixels})
 
 
 def letterbox(picture: np.ndarray, side: int) -> tuple[np.ndarray, float]:
@@ -116,7 +77,7 @@ class Scrfd:
     side = 640
 
     def __init__(self, path: str):
-        self.net = OnnxNet(path, self.side)
+        self.net = OnnxNet(path, self.side, SETTING)
         self._outputs(np.zeros((self.side, self.side, 3), np.uint8), path)
 
     def _outputs(self, canvas: np.ndarray, path: str = "") -> dict[int, list[np.ndarray]]:
@@ -160,7 +121,7 @@ class RetinaFace:
     variances = (0.1, 0.2)
 
     def __init__(self, path: str):
-        self.net = OnnxNet(path, self.side)
+        self.net = OnnxNet(path, self.side, SETTING)
         self.priors = self._priors()
         self._outputs(np.zeros((self.side, self.side, 3), np.uint8), path)
 
