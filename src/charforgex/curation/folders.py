@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from charforgex.curation.items import Verdict
-from charforgex.curation.pictures import SUFFIXES
+from charforgex.curation.pictures import SUFFIXES, measure_picture, verdict_of
 from charforgex.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_SUFFIX = ".mask.png"
 FOREIGN = frozenset({".jxl", ".psd", ".svg", ".jp2", ".tga", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr"})
+PACKED = frozenset({".7z", ".rar", ".cbr", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".cab", ".iso", ".dmg"})
 MAX_CAPTION_BYTES = 2**20
 
 
@@ -89,6 +90,14 @@ def stem(name: str, suffix: str) -> str:
     return folder + slash + unicodedata.normalize("NFC", last)
 
 
+def is_mask(name: str) -> bool:
+    return name.lower().endswith(MASK_SUFFIX)
+
+
+def is_sidecar(name: str) -> bool:
+    return is_mask(name) or suffix_of(name).lower() in CAPTION_SUFFIXES
+
+
 def suffix_of(name: str) -> str:
     return posixpath.splitext(name)[1]
 
@@ -127,7 +136,7 @@ def sort_names(names: Iterable[str]) -> Sorted:
     found = Sorted()
     for name in names:
         suffix = suffix_of(name)
-        if name.lower().endswith(MASK_SUFFIX):
+        if is_mask(name):
             found.masks[stem(name, MASK_SUFFIX)] = name
         elif suffix.lower() in SUFFIXES:
             found.pictures.append(name)
@@ -148,3 +157,37 @@ def caption_lines(data: bytes) -> list[str]:
         raise DataError(f"it is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     lines = [" ".join(line.split()) for line in text.replace("\0", " ").splitlines()]
     return [line for line in lines if line]
+
+
+def caption_verdict(data: bytes, owner: str) -> Verdict:
+    try:
+        caption_lines(data)
+    except DataError as error:
+        return Verdict("corrupt", f"{error}; {owner} does not have it as its caption")
+    return Verdict("sidecar", f"the caption of {owner}")
+
+
+def mask_verdict(mask: bytes, picture: bytes | None, owner: str, max_pixels: int) -> Verdict:
+    """Of the class `sidecar` if the mask can be used: it is a picture of the same size as the one it belongs to."""
+    try:
+        size = measure_picture(mask, max_pixels)
+    except DataError as error:
+        return Verdict(verdict_of(error).kind, f"{error}; {owner} has no mask now")
+    try:
+        wanted = size if picture is None else measure_picture(picture, max_pixels)
+    except DataError:  # the picture's own verdict says why
+        wanted = size
+    if size != wanted:
+        sizes = f"its size is {size[0]} x {size[1]}, the picture's is {wanted[0]} x {wanted[1]}"
+        return Verdict("corrupt", f"{sizes}; {owner} has no mask now")
+    return Verdict("sidecar", f"the mask of {owner}")
+
+
+def refusal_by_name(name: str) -> Verdict:
+    """Why a file that is no picture, sidecar, archive or video is not looked into."""
+    suffix = suffix_of(name).lower()
+    if suffix in PACKED:
+        return Verdict("unsupported", f"archives of the kind {suffix} are not opened; unpack it, or pack it as zip")
+    if suffix in FOREIGN:
+        return Verdict("unsupported", f"{suffix} is not supported; save it as PNG, JPEG or WebP")
+    return Verdict("unsupported", "it is not a picture, an archive or a video")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import math
 import stat
 from pathlib import Path
 
@@ -77,16 +78,24 @@ def _brand(head: bytes) -> bool:
     return head[8:12] in HEIF_BRANDS or head[8:12] in (b"avif", b"avis")
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES, may_be_empty: bool = False) -> bytes:
-    """A regular file's content. Raises Unusable for folders, pipes, empty files, files above `limit`, and what cannot be read."""
+def check_file(path: Path, limit: float = math.inf, may_be_empty: bool = False) -> None:
+    """Raises Unusable for folders, pipes, empty files, files above `limit` bytes, and what cannot be reached."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Unusable("unsupported", "it is not a regular file")
-        if status.st_size == 0 and not may_be_empty:
-            raise Unusable("corrupt", "the file is empty")
-        if status.st_size > limit:
-            raise Unusable("too_large", f"the file has {status.st_size / 2**20:.0f} MiB, more than the {limit / 2**20:g} MiB that are read")
+    except OSError as error:
+        raise Unusable("corrupt", f"it cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Unusable("unsupported", "it is not a regular file")
+    if status.st_size == 0 and not may_be_empty:
+        raise Unusable("corrupt", "the file is empty")
+    if status.st_size > limit:
+        raise Unusable("too_large", f"the file has {status.st_size / 2**20:.0f} MiB, more than the {limit / 2**20:g} MiB that are read")
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES, may_be_empty: bool = False) -> bytes:
+    """A regular file's content. Raises Unusable as `check_file` does, and when reading fails."""
+    check_file(path, limit, may_be_empty)
+    try:
         return path.read_bytes()
     except OSError as error:
         raise Unusable("corrupt", f"it cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,292 @@
+"""Frames of videos: the sharpest of each scene, some seconds apart.
+
+A video is decoded twice: first every frame is scored and forgotten, then the chosen ones are turned into pictures, one at a time. One thread
+does it, so that the same file always gives the same frames. Needs PyAV, the extra `video`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+from charforgex.binding import Range
+from charforgex.curation.items import Item, Verdict
+from charforgex.curation.pictures import Unusable, verdict_of
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+    from PIL import Image
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".mts", ".m2ts", ".ogv")
+# Playlists and concatenations are formats to FFmpeg too, and open other files and addresses. Only these are tried, whatever the name says.
+OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg",
+    "protocol_whitelist": "file",
+}
+TIMEOUT = 30.0  # seconds for the file system to answer
+LOOK = 640  # pixels of the longer side at which sharpness is judged
+SMALL = 96  # the same, for scenes
+FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
+SHORTEST = 0.3  # seconds of a scene: flashes are none
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    gap: Annotated[float, Range(at_least=0.01)] = 1.0
+    per_scene: Annotated[int, Range(at_least=1)] = 3
+    max_frames: Annotated[int, Range(at_least=1)] = 200
+    scene: Annotated[float, Range(above=0, below=1)] = 0.4
+    max_minutes: Annotated[float, Range(above=0)] = 120.0
+
+
+def is_video(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def items(path: Path, name: str, settings: VideoSettings, max_pixels: int) -> Iterator[Item]:
+    """An item for each chosen frame, named by its time, then one for the video. Never raises for what is in the file."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        reason = "reading videos needs PyAV: pip install 'charforgex[video]'"
+        yield Item(name, verdict=Verdict("unsupported", reason))
+        return
+    seen = Scores()
+    try:
+        for time, frame, _ in decoded(path, settings, max_pixels, seen.problems):
+            seen.add(time, frame, settings.scene)
+    except Unusable as error:
+        yield Item(name, verdict=verdict_of(error))
+        return
+    # What was being decoded when the file broke off may be half a picture.
+    whole = len(seen.times) - any(problem.kind == "corrupt" for problem in seen.problems)
+    chosen = choose(seen.times[:whole], seen.sharpness[:whole], seen.scenes[:whole], settings)
+    last = -1.0
+    for index, (time, frame, aspect) in enumerate(decoded(path, settings, max_pixels, []) if chosen else ()):
+        if index in chosen:
+            last = max(time, last + 0.001)  # names are unique also where a broken clock runs backwards
+            yield Item(f"{name}!/{last:010.3f}s", picture=upright(frame, aspect))
+        if index == max(chosen):
+            break
+    yield Item(name, verdict=seen.verdict(len(chosen)))
+
+
+class Problem(NamedTuple):
+    kind: str
+    reason: str
+
+
+# ---- decoding ----
+
+
+class Decoded(NamedTuple):
+    """`time` is seconds from the start, `aspect` a stored pixel's width over its height."""
+
+    time: float
+    frame: av.VideoFrame
+    aspect: float
+
+
+def decoded(path: Path, settings: VideoSettings, max_pixels: int, problems: list[Problem]) -> Iterator[Decoded]:
+    """All frames that are whole. What goes wrong on the way is added to `problems`.
+
+    Raises Unusable if there is nothing to decode.
+    """
+    import av
+
+    try:
+        container = av.open(str(path.resolve()), options=OPTIONS, timeout=TIMEOUT)
+    except Exception as error:  # like Pillow's, these are of nearly every type
+        raise Unusable("corrupt", f"it is damaged, incomplete, or no video: {_said(error)}") from error
+    with container:
+        if not container.streams.video:
+            raise Unusable("unsupported", "it has no pictures, only sound or data")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise Unusable("unsupported", "its codec is not known")
+        if context.width * context.height > max_pixels:
+            size = f"{context.width} x {context.height}"
+            raise Unusable("too_large", f"its size is {size}, more than {max_pixels / 1e6:g} megapixels")
+        stream.thread_type = "NONE"
+        context.thread_count = 1
+        context.options = {"max_pixels": str(max_pixels)}  # frames may be larger than the header says
+        yield from _frames(container, stream, settings, problems)
+
+
+def _frames(container, stream, settings: VideoSettings, problems: list[Problem]) -> Iterator[Decoded]:
+    import av
+
+    aspect = float(stream.sample_aspect_ratio or 1)
+    start = float((stream.start_time or 0) * stream.time_base)
+    step = 1 / float(stream.average_rate or 25)
+    duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
+    longest = settings.max_minutes * 60
+    time, count, damaged, clean = -step, 0, 0, True
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            frames = packet.decode() if packet is not None else []
+        except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
+            damaged, clean = damaged + 1, False
+            if damaged > FASTEST or not isinstance(error, av.error.InvalidDataError):
+                problems.append(Problem("corrupt", f"it cannot be read on: {_said(error)}"))
+                return
+            continue
+        if packet is None:
+            break
+        for frame in frames:
+            clean = clean or frame.key_frame  # what follows a damaged frame builds on it, up to the next whole one
+            time = frame.time - start if frame.time is not None else time + step
+            if count >= longest * FASTEST or time > longest:
+                problems.append(Problem("too_large", f"it is longer than {settings.max_minutes:g} minutes; the rest is not looked at"))
+                return
+            if clean and not frame.is_corrupt:
+                count += 1
+                yield Decoded(max(0.0, time), frame, aspect if 0.25 <= aspect <= 4 else 1.0)
+    if damaged:
+        problems.append(Problem("corrupt", f"{damaged} places in it are damaged"))
+    elif duration - time > max(1.0, 0.1 * duration) or (stream.duration and duration - time > 3 * step + 0.1):
+        problems.append(Problem("corrupt", f"it breaks off after {time + step:.1f} of {duration:.1f} seconds"))
+
+
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
+# ---- scores ----
+
+
+@dataclass
+class Scores:
+    """A few numbers of every frame, and what is needed of the ones before to tell where a scene ends."""
+
+    times: array = field(default_factory=lambda: array("d"))
+    sharpness: array = field(default_factory=lambda: array("d"))
+    scenes: array = field(default_factory=lambda: array("l"))
+    problems: list[Problem] = field(default_factory=list)
+    began: float = 0.0
+
+    def __post_init__(self):
+        from av.video.reformatter import VideoReformatter
+
+        self.small, self.large = VideoReformatter(), VideoReformatter()
+        self.before: View | None = None
+        self.first: View | None = None
+
+    def add(self, time: float, frame: av.VideoFrame, threshold: float) -> None:
+        import cv2
+
+        grey = self.large.reformat(frame, *_fit(frame, LOOK), format="gray", threads=1).to_ndarray()
+        view = View.of(self.small.reformat(frame, *_fit(frame, SMALL), format="rgb24", threads=1).to_ndarray())
+        scene = self.scenes[-1] if self.scenes else 0
+        if self.before is None:
+            self.first = view
+        elif time - self.began >= SHORTEST and (view.differs(self.before) > threshold or view.drifted(self.first) > threshold + 0.2):
+            scene, self.first, self.began = scene + 1, view, time
+        self.before = view
+        self.times.append(time)
+        self.sharpness.append(cv2.Laplacian(grey, cv2.CV_32F).var())
+        self.scenes.append(scene)
+
+    def verdict(self, chosen: int) -> Verdict:
+        if not self.times:
+            problem = self.problems[0] if self.problems else Problem("corrupt", "no picture in it can be decoded")
+            return Verdict(*problem)
+        used = f"{chosen} of {len(self.times)} frames are used, scenes: {self.scenes[-1] + 1}"
+        return Verdict(self.problems[0].kind, f"{self.problems[0].reason}; {used}") if self.problems else Verdict("container", used)
+
+
+def _fit(frame: av.VideoFrame, side: int) -> tuple[int, int]:
+    scale = min(1.0, side / max(frame.width, frame.height))
+    return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+
+
+class View(NamedTuple):
+    """What a small frame looks like: a histogram of 8 x 8 x 8 colours that adds up to 1, and where its edges are."""
+
+    colours: np.ndarray
+    edges: np.ndarray
+    around: np.ndarray  # the edges, five pixels wide
+
+    @staticmethod
+    def of(pixels: np.ndarray) -> View:
+        import cv2
+        import numpy as np
+
+        colours = cv2.calcHist([pixels], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() / (pixels.shape[0] * pixels.shape[1])
+        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 60, 160) > 0
+        return View(colours, edges, cv2.dilate(edges.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)
+
+    def drifted(self, other: View) -> float:
+        """Share of the pixels whose colour is another now."""
+        import numpy as np
+
+        return float(1 - np.minimum(self.colours, other.colours).sum())
+
+    def differs(self, other: View) -> float:
+        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came or went, whichever is more."""
+        if self.edges.shape != other.edges.shape:
+            return 1.0
+        came, went = (1 - (a.edges & b.around).sum() / max(1, a.edges.sum()) for a, b in ((self, other), (other, self)))
+        few = min(self.edges.sum(), other.edges.sum()) < 0.01 * self.edges.size
+        return (self.drifted(other) + (0.0 if few else float(max(came, went)))) / 2
+
+
+def choose(times: Sequence[float], sharpness: Sequence[float], scenes: Sequence[int], settings: VideoSettings) -> set[int]:
+    """Indices of the sharpest frames of each scene, `gap` seconds apart; of too many, each scene's best come first."""
+    taken: dict[int, list[int]] = {}
+    for index in sorted(range(len(times)), key=lambda i: (-sharpness[i], i)):
+        best = taken.setdefault(scenes[index], [])
+        if len(best) < settings.per_scene and all(abs(times[index] - times[other]) >= settings.gap for other in best):
+            best.append(index)
+    ranked = sorted((rank, -sharpness[index], index) for best in taken.values() for rank, index in enumerate(best))
+    return {index for _, _, index in ranked[: settings.max_frames]}
+
+
+# ---- pictures ----
+
+
+def upright(frame: av.VideoFrame, aspect: float) -> Image.Image:
+    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix."""
+    from av.video.reformatter import Colorspace, Interpolation
+    from PIL import Image
+
+    # A frame that does not say is of BT.709 from 720 lines on, as players assume, and else of BT.601.
+    unsaid = int(frame.colorspace) == 2
+    source = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unsaid else None
+    how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+    pixels = frame.reformat(format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
+    picture = Image.fromarray(pixels)
+    if aspect != 1:
+        size = (frame.width * max(1.0, aspect), frame.height / min(1.0, aspect))
+        picture = picture.resize((round(size[0]), round(size[1])), Image.Resampling.BICUBIC)
+    turn = _turn(frame)
+    return picture.transpose(turn) if turn is not None else picture
+
+
+def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
+    """How to turn the stored picture by FFmpeg's display matrix (libavutil/display.h): a point (x, y) goes to (ax + cy, bx + dy)."""
+    import struct
+
+    from PIL.Image import Transpose
+
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
+    signs = tuple((value > 0) - (value < 0) if abs(value) > 2**15 else 0 for value in (a, b, c, d))
+    return {
+        (-1, 0, 0, -1): Transpose.ROTATE_180,
+        (0, 1, -1, 0): Transpose.ROTATE_270,
+        (0, -1, 1, 0): Transpose.ROTATE_90,
+        (-1, 0, 0, 1): Transpose.FLIP_LEFT_RIGHT,
+        (1, 0, 0, -1): Transpose.FLIP_TOP_BOTTOM,
+        (0, 1, 1, 0): Transpose.TRANSPOSE,
+        (0, -1, -1, 0): Transpose.TRANSVERSE,
+    }.get(signs)
