@@ -102,7 +102,7 @@ def create_run_dir(root: str | os.PathLike, name: str) -> Path:
 
 def write_json(path: str | os.PathLike, values: Any) -> Path:
     """Atomic, readable JSON that every parser accepts: numbers that are not finite become null, paths become strings."""
-    return write_atomic(path, json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_atomic(path, json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_result(run_dir: str | os.PathLike, values: Mapping[str, Any]) -> Path:
@@ -201,7 +201,7 @@ def config_hash(cfg: Any) -> str:
 
     values = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     values = {key: value for key, value in values.items() if key not in LOCATIONS}
-    text = json.dumps(_placeless(_plain(values)), sort_keys=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_placeless(plain(values)), sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -217,12 +217,12 @@ def _placeless(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON and YAML know. Scalars of numpy and torch are asked for their Python value."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, float):
@@ -230,5 +230,5 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item())
+        return plain(value.item())
     raise TypeError(f"{value!r} ({type(value).__name__}) has no place in a JSON file")
