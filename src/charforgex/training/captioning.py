@@ -64,7 +64,13 @@ def cropped(pixels_BPHW: Tensor, rng: random.Random) -> Tensor:
 
 
 class CaptionModule(Pretraining):
-    """Cross-entropy on the words of the whole caption, in its fixed order: what is unsaid is not there."""
+    """Cross-entropy on the words of the whole caption, in its fixed order: what is unsaid is not there.
+
+    One word in four that was said before is hidden (Bowman et al. 2016), so that "green pigtails" is read off the picture even if
+    green hair never was in pigtails.
+    """
+
+    hidden = 0.25
 
     def __init__(self, start: Path | None, **settings):
         super().__init__(CaptionNetworks(start), **settings)
@@ -82,7 +88,11 @@ class CaptionModule(Pretraining):
     def losses(self, micro, key: tuple) -> Tensor:
         """(B,): the mean over a caption's words, times 5 because most words are certain, and the heads' own."""
         pixels, words, shown = micro
-        out = self.network.model(pixel_values=pixels, labels=words)
+        before = words.roll(1, dims=1).masked_fill(words.roll(1, dims=1) < 0, self.network.tokens.pad_token_id)
+        hide = torch.rand(before.shape, generator=torch_generator(*key, "words")) < self.hidden
+        before = before.masked_fill(hide, self.network.tokens.unk_token_id)
+        before[:, 0] = self.network.model.config.decoder_start_token_id
+        out = self.network.model(pixel_values=pixels, decoder_input_ids=before)
         loss = F.cross_entropy(out.logits.transpose(1, 2), words, reduction="none").sum(1) / (words >= 0).sum(1)
         return 5 * loss + attribute_losses(self.network.heads(out.encoder_last_hidden_state.mean(1)), shown)
 
