@@ -15,7 +15,6 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -79,13 +78,15 @@ def is_archive(name: str) -> bool:
 def items(path: Path, name: str, settings: ArchiveSettings, max_bytes: int, max_pixels: int) -> Iterator[Item]:
     """An item for each member but folders and hidden files, then one for the archive. Never raises for what is in the archive."""
     beside = Beside(path, settings)
-    times: Counter[str] = Counter()
+    labels: set[str] = set()
     pictures, verdict = 0, None
     try:
         for member in members(path, settings):
-            times[member.name] += 1
-            label = f"{name}!/{printable(member.name)}" + (f"#{times[member.name]}" if times[member.name] > 1 else "")
-            first = times[member.name] == 1
+            label = f"{name}!/{printable(member.name)}"
+            first, again = label not in labels, 2
+            while label in labels:  # an archive may hold several of one name
+                label, again = f"{name}!/{printable(member.name)}#{again}", again + 1
+            labels.add(label)
             if first and member.name in beside.contents:
                 continue  # told with its picture
             refusal = member.refusal or beside.refusal(member.name)
@@ -110,7 +111,7 @@ def items(path: Path, name: str, settings: ArchiveSettings, max_bytes: int, max_
     for sidecar, owner in beside.left():
         unreached = Verdict("sidecar", f"it belongs to {printable(owner)}, which was not reached")
         yield Item(f"{name}!/{printable(sidecar)}", verdict=unreached)
-    yield Item(name, verdict=verdict or Verdict("container", f"{pictures} pictures in {sum(times.values())} members"))
+    yield Item(name, verdict=verdict or Verdict("container", f"{pictures} pictures in {len(labels)} members"))
 
 
 def _read(member: Member, max_bytes: int) -> bytes:

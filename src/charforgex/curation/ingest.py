@@ -114,8 +114,11 @@ def units(root: str | Path, settings: IngestSettings, leave_out: Sequence[Path] 
     containers = {name for name, why in files if why is None and (archives.is_archive(name) or videos.is_video(name))}
     made = []
     for name, why in files:
-        verdict = why or _refusal(root, name, containers)
-        made.append(Unit(printable(name), "other", _stamps(root, [name]), verdict=verdict) if verdict else _unit(root, name, found, owners))
+        verdict, shown = why or _refusal(root, name), printable(name)
+        if clash := next((folder for folder in _folders(name) if folder.endswith("!") and folder[:-1] in containers), None):
+            verdict = Verdict("unsupported", f"the folder {clash} is named like what is inside {clash[:-1]}; rename it")
+            shown = shown.replace("!/", "\\x21/")  # so that no two things have one name
+        made.append(Unit(shown, "other", _stamps(root, [name]), verdict=verdict) if verdict else _unit(root, name, found, owners))
     return made
 
 
@@ -129,22 +132,23 @@ def check_root(root: str | Path) -> Path:
     return path
 
 
-def _refusal(root: Path, name: str, containers: set[str]) -> Verdict | None:
+def _folders(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _refusal(root: Path, name: str) -> Verdict | None:
     """Why a file is not opened, by its name and where it leads."""
     if printable(name) != name:
         return Verdict("unsupported", "its name is not valid UTF-8; rename it")
     if leads_out(name):
         return Verdict("unsupported", "its name has a backslash or reads as a drive; rename it")
-    parts = name.split("/")
-    for count in range(1, len(parts)):
-        folder = "/".join(parts[:count])
-        if folder.endswith("!") and folder[:-1] in containers:
-            return Verdict("unsupported", f"the folder {folder} is named as what is inside {folder[:-1]}; rename it")
     if os.path.islink(root / name):
         try:
-            resolve_inside(root, name)
+            if not resolve_inside(root, name).exists():
+                return Verdict("unsafe", "it is a link that leads nowhere; copy the file here")
         except DataError:
-            return Verdict("unsafe", "it is a link that leads out of the folder, or nowhere; copy the file here")
+            return Verdict("unsafe", "it is a link that leads out of the folder, or in a circle; copy the file here")
     return None
 
 

@@ -1,7 +1,7 @@
 """Frames of videos: the sharpest of each scene, some seconds apart.
 
-A video is decoded twice: first every frame is scored and forgotten, then the chosen ones are turned into pictures, one at a time. One thread
-does it, so that the same file always gives the same frames. Needs PyAV, the extra `video`.
+A video is decoded twice: first every frame is scored and forgotten, then the chosen ones are turned into pictures, one at a time. One
+thread does it, so that the same file always gives the same frames. Needs PyAV, the extra `video`.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def items(path: Path, name: str, settings: VideoSettings, max_pixels: int) -> It
     # What was being decoded when the file broke off may be half a picture.
     whole = len(seen.times) - any(problem.kind == "corrupt" for problem in seen.problems)
     chosen = choose(seen.times[:whole], seen.sharpness[:whole], seen.scenes[:whole], settings)
-    last = -1.0
+    last, end = -1.0, max(chosen, default=-1)
     for index, (time, frame, aspect) in enumerate(decoded(path, settings, max_pixels, []) if chosen else ()):
         if index in chosen:
             last = max(time, last + 0.001)  # names are unique also where a broken clock runs backwards
             yield Item(f"{name}!/{last:010.3f}s", picture=upright(frame, aspect))
-        if index == max(chosen):
+        if index == end:
             break
     yield Item(name, verdict=seen.verdict(len(chosen)))
 
@@ -150,9 +150,11 @@ def _frames(container, stream, settings: VideoSettings, problems: list[Problem])
                 count += 1
                 yield Decoded(max(0.0, time), frame, aspect if 0.25 <= aspect <= 4 else 1.0)
     if damaged:
-        problems.append(Problem("corrupt", f"{damaged} places in it are damaged"))
+        problems.append(Problem("corrupt", f"damaged places in it: {damaged}"))
     elif duration - time > max(1.0, 0.1 * duration) or (stream.duration and duration - time > 3 * step + 0.1):
         problems.append(Problem("corrupt", f"it breaks off after {time + step:.1f} of {duration:.1f} seconds"))
+    elif stream.frames - count > max(3, 0.1 * stream.frames):
+        problems.append(Problem("corrupt", f"it breaks off after {count} of {stream.frames} frames"))
 
 
 def _said(error: Exception) -> str:
