@@ -79,6 +79,10 @@ class Face:
     def height(self) -> float:
         return self.box[3] - self.box[1]
 
+    @staticmethod
+    def from_json(item: Mapping[str, Any]) -> Face:
+        return Face(**{**item, "box": tuple(item["box"]), "landmarks": tuple(tuple(point) for point in item["landmarks"])})
+
     def scaled(self, factor: float) -> Face:
         """The same face in a picture resized by `factor`."""
         points = tuple((x * factor, y * factor) for x, y in self.landmarks)
@@ -112,9 +116,6 @@ class Finding:
 
     @staticmethod
     def from_json(item: Mapping[str, Any]) -> Finding:
-        faces = tuple(
-            Face(**{**face, "box": tuple(face["box"]), "landmarks": tuple(tuple(point) for point in face["landmarks"])})
-            for face in item["faces"]
-        )
+        faces = tuple(map(Face.from_json, item["faces"]))
         verdict = Verdict(*item["verdict"]) if item["verdict"] else None
         return Finding(**{**item, "captions": tuple(item["captions"]), "faces": faces, "verdict": verdict})

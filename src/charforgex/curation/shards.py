@@ -7,6 +7,7 @@ run that is killed loses the shards in work and no others, and its successor com
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from charforgex.binding import bind
-from charforgex.curation import ingest
+from charforgex.curation import duplicates, ingest, people, quality
 from charforgex.curation.executors import Executor, Job
 from charforgex.curation.items import Finding, Item
 from charforgex.curation.pictures import decode_picture, verdict_of
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from charforgex.embedders import Clip, Embedder
 
 VERSION = 1
-THUMBNAIL = 96  # pixels a side, whatever the aspect
+PREVIEW = 160  # pixels of the longer side of what the report shows
 TOGETHER = 32  # pictures embedded at a time
 FOLDER = "shards"
 
@@ -69,7 +70,7 @@ def scan(job: Job) -> str:
     root, store = Path(job["root"]), Path(job["cache"]) / FOLDER
     units = [ingest.Unit.from_json(unit) for unit in job["units"]]
     settings = json.dumps(job["settings"], sort_keys=True)
-    outside = digest([VERSION, settings, str(root.resolve()), [[u.path, u.size, u.mtime_ns] for u in units]])
+    outside = digest([VERSION, settings, str(root.resolve()), [[u.path, u.stamps] for u in units]])
     memo = store / "known" / f"{outside}.json"
     if memo.exists() and (store / (name := json.loads(memo.read_text())["shard"])).is_dir():
         return name
@@ -106,14 +107,14 @@ def content_hash(root: Path, relative: str) -> str:
 
 def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings: str) -> None:
     told = bind(ScanSettings, json.loads(settings), "curation")
-    faces, pictures, thumbnails = [], [], []
-    with open(folder / "findings.jsonl", "w", encoding="utf-8") as file:
+    faces, pictures, thumbnails, previews = [], [], [], [0]
+    with open(folder / "findings.jsonl", "w", encoding="utf-8") as file, open(folder / "previews.bin", "wb") as shown:
         pending: list[tuple[Finding, Image.Image | None]] = []
 
         def flush() -> None:
-            shown = [(finding, picture) for finding, picture in pending if picture is not None]
-            if shown:
-                found_faces, found_pictures = embed(shown, tools(settings))
+            decoded = [(finding, picture) for finding, picture in pending if picture is not None]
+            if decoded:
+                found_faces, found_pictures = embed(decoded, tools(settings))
                 faces.extend(found_faces)
                 pictures.extend(found_pictures)
             for finding, _ in pending:
@@ -126,17 +127,20 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
                 finding, picture = examine(item, told, settings)
                 if picture is not None:
                     finding, rows = Finding(**{**vars(finding), "row": rows}), rows + 1
-                    thumbnails.append(np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2)))
+                    thumbnails.append(duplicates.thumbnail(picture))
                     picture = bounded(picture)
+                    previews.append(previews[-1] + shown.write(preview(picture)))
                 pending.append((finding, picture))
                 if len(pending) >= TOGETHER:
                     flush()
         flush()
-        file.flush()
-        os.fsync(file.fileno())
+        for written in (file, shown):
+            written.flush()
+            os.fsync(written.fileno())
     _save(folder / "faces.npy", np.array(faces, np.float32).reshape(len(faces), -1))
     _save(folder / "pictures.npy", np.array(pictures, np.float32).reshape(len(pictures), -1))
-    _save(folder / "thumbnails.npy", np.array(thumbnails, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3))
+    _save(folder / "thumbnails.npy", np.array(thumbnails, np.uint8).reshape(-1, duplicates.SIDE, duplicates.SIDE, 3))
+    _save(folder / "previews.npy", np.array(previews, np.int64))
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -148,8 +152,6 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Image.Image | None]:
     """What is known of an item, but for the embeddings; and its picture, upright sRGB, unless it cannot be decoded."""
-    from charforgex.curation import duplicates, quality
-
     if item.verdict is not None:
         return Finding(item.name, verdict=item.verdict, captions=item.captions), None
     content = item.data if item.data is not None else item.picture.tobytes()
@@ -176,16 +178,24 @@ def bounded(picture: Image.Image, side: int = 1024) -> Image.Image:
     return picture if scale >= 1 else picture.resize([max(1, round(s * scale)) for s in picture.size], Image.Resampling.LANCZOS)
 
 
-def embed(shown: Sequence[tuple[Finding, Image.Image]], loaded: Tools) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def preview(picture: Image.Image) -> bytes:
+    """A small JPEG."""
+    file = io.BytesIO()
+    small = picture.copy()
+    small.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
+    small.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def embed(decoded: Sequence[tuple[Finding, Image.Image]], loaded: Tools) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Vectors of all faces in order, and of the pictures (of width 0 without a CLIP)."""
-    from charforgex.curation.people import view
 
     heads = []
-    for finding, picture in shown:
+    for finding, picture in decoded:
         scale = picture.width / finding.width
-        heads += [view(picture, face.scaled(scale), loaded.embedder) for face in finding.faces]
+        heads += [people.view(picture, face.scaled(scale), loaded.embedder) for face in finding.faces]
     vectors = [row for start in range(0, len(heads), TOGETHER) for row in loaded.embedder(heads[start : start + TOGETHER]).numpy()]
-    pictures = loaded.clip.see([picture for _, picture in shown]).numpy() if loaded.clip else np.zeros((len(shown), 0), np.float32)
+    pictures = loaded.clip.see([picture for _, picture in decoded]).numpy() if loaded.clip else np.zeros((len(decoded), 0), np.float32)
     return vectors, list(pictures)
 
 
@@ -263,8 +273,19 @@ class Findings(Sequence[Finding]):
         return self._row(index, "pictures")
 
     def thumbnail(self, index: int) -> np.ndarray | None:
-        """uint8 (96, 96, 3), whatever the picture's aspect; None where it was not decoded."""
+        """uint8 (64, 64, 3), whatever the picture's aspect: `duplicates.thumbnail`; None where it was not decoded."""
         return self._row(index, "thumbnails")
+
+    def preview(self, index: int) -> bytes | None:
+        """A small JPEG for the report, None where the picture was not decoded."""
+        number, _ = self._place(index)
+        row = self[index].row
+        if row is None:
+            return None
+        first, last = self._array(number, "previews")[row : row + 2]
+        with open(self.folders[number] / "previews.bin", "rb") as file:
+            file.seek(int(first))
+            return file.read(int(last - first))
 
     def _row(self, index: int, name: str) -> np.ndarray | None:
         number, _ = self._place(index)
@@ -275,5 +296,6 @@ class Findings(Sequence[Finding]):
         return found if found.size else None
 
 
-def settings_json(settings: ScanSettings) -> dict[str, Any]:
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as JSON has it."""
     return json.loads(json.dumps(asdict(settings), default=str))

@@ -257,17 +257,22 @@ DEMO = {
 }  # fmt: skip
 
 
+def order(number: int, counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(kind, index) of each file, by the number that its name begins with."""
+    files = [(kind, index) for kind, count in counts.items() for index in range(count)]
+    random.Random(f"order {number}").shuffle(files)
+    return files
+
+
 def write_mess(folder: Path, number: int, counts: Mapping[str, int] = DEMO, size: int = 192, captions: bool = True) -> dict[str, str]:
     """Writes `counts[kind]` files of each kind of `KINDS`, in an order that tells nothing. Returns file name -> class.
 
     With `captions`, what is kept has a caption beside it, which calls the character by the demo's name.
     """
     maker = Maker(number, size)
-    files = [(kind, index) for kind, count in counts.items() for index in range(count)]
-    random.Random(f"order {number}").shuffle(files)
     folder.mkdir(parents=True, exist_ok=True)
     classes = {}
-    for place, (kind, index) in enumerate(files):
+    for place, (kind, index) in enumerate(order(number, counts)):
         rng = rng_of(maker, kind, index)
         suffix, data = KINDS[kind][1](maker, rng, index)
         name = f"{place:04d}{suffix}"

@@ -1,0 +1,394 @@
+"""The stages of curation, each a function from what is known to what is known next. `run.py` calls them in order."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from charforgex.curation import advice, analysis, crops, duplicates, facts, people, quality, report, shards
+from charforgex.curation.cutting import file_name
+from charforgex.curation.executors import Executor
+from charforgex.curation.ingest import Unit
+from charforgex.curation.items import CLASSES, Verdict
+from charforgex.curation.manifest import Manifest, Record, some
+from charforgex.curation.settings import CurationSettings
+from charforgex.curation.shards import Findings
+from charforgex.runs import write_atomic
+
+PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
+MANIFEST = "manifest.jsonl"
+FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
+NOTED = 20  # pictures with trouble that are named on the screen; the report has all
+
+
+class Bar:
+    """One line of progress at a time: what is done, how far, how long yet."""
+
+    def __init__(self, shown: Any, console: Console):
+        self.shown, self.console, self.task = shown, console, None
+
+    def start(self, what: str, total: int | None) -> None:
+        if self.task is not None:
+            self.shown.remove_task(self.task)
+        self.task = self.shown.add_task(what, total=total)
+
+    def step(self, count: int = 1) -> None:
+        self.shown.advance(self.task, count)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Bar]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        yield Bar(shown, console)
+
+
+# ---- measure ----
+
+
+def scan(root: Path, cache_dir: Path, units: Sequence[Unit], settings: CurationSettings, executor: Executor, bar: Bar) -> Findings:
+    """Every picture decoded, measured and embedded once; shards that are known are taken as they are."""
+    bar.start("looking at pictures", len(units))
+    names: dict[int, str] = {}
+    options = shards.plain(settings.scan())
+    for number, name, count in shards.scan_all(root, cache_dir, units, options, settings.shard, executor):
+        names[number] = name
+        bar.step(count)
+    return Findings(cache_dir, [names[number] for number in sorted(names)])
+
+
+# ---- decide ----
+
+
+@dataclass
+class Decided:
+    """What became of every finding: its verdict by index (those without one are kept), whose face it is, and groups of one picture."""
+
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    faces: dict[int, int] = field(default_factory=dict)  # of the character, by index
+    groups: list[list[int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def open(self, indices: Sequence[int]) -> list[int]:
+        return [index for index in indices if index not in self.verdicts]
+
+
+def decide(findings: Findings, settings: CurationSettings, character: people.Character | None, bar: Bar) -> Decided:
+    """Exactly one class for each finding. Of nearly the same pictures the best stays, before anything else is held against it."""
+    bar.start("deciding", 4)
+    decided = Decided()
+    everyone = range(len(findings))
+    poor: dict[int, Verdict] = {}
+    for index in everyone:
+        finding = findings[index]
+        if finding.verdict is not None:
+            decided.verdicts[index] = finding.verdict
+        elif verdict := quality.judge(finding.scores, finding.width, finding.height, settings.quality):
+            poor[index] = verdict
+            if verdict.kind == "too_small":
+                decided.verdicts[index] = verdict
+    bar.step()
+    left = decided.open(everyone)
+    chosen = [findings[index] for index in left]
+    small, vectors = [findings.thumbnail(index) for index in left], vectors_of(findings, left)
+    for group in duplicates.clusters(chosen, small, settings.duplicates, vectors):
+        kept = left[group.kept]
+        decided.groups.append([left[member] for member in group.members])
+        for member, reason in group.others.items():
+            decided.verdicts[left[member]] = Verdict("duplicate", f"{reason} {findings[kept].name}")
+    decided.verdicts |= {index: verdict for index, verdict in poor.items() if index not in decided.verdicts}
+    bar.step()
+    left = decided.open(everyone)
+    wanted = settings.people
+    with_face = sum(bool(findings[index].faces) for index in left)
+    if wanted.require_face and with_face < FACES * len(left):
+        wanted = replace(wanted, require_face=False)
+        decided.notes.append(
+            f"A face was found in {with_face} of {len(left)} pictures only, so none is asked for; curation.faces.detector has others."
+        )
+    chosen = [findings[index] for index in left]
+    found = people.decide(chosen, lambda place: findings.face_vectors(left[place]), wanted, settings.crops, character)
+    for index, decision in zip(left, found, strict=True):
+        if decision.verdict is not None:
+            decided.verdicts[index] = decision.verdict
+        elif decision.face is not None:
+            decided.faces[index] = decision.face
+    bar.step()
+    return decided
+
+
+def vectors_of(findings: Findings, indices: Sequence[int]) -> np.ndarray | None:
+    vectors = [findings.vector(index) for index in indices]
+    return None if not vectors or any(vector is None for vector in vectors) else np.stack(vectors)
+
+
+def counts(findings: Findings, decided: Decided) -> dict[str, int]:
+    """Files of each class, in the order of `CLASSES`."""
+    found = Counter(verdict.kind for verdict in decided.verdicts.values())
+    found["kept"] = len(findings) - len(decided.verdicts)
+    return {kind: found[kind] for kind in CLASSES if found[kind]}
+
+
+def nothing_kept(root: str, decided: Decided, out: Path) -> str:
+    found = Counter(verdict.kind for verdict in decided.verdicts.values())
+    told = some([f"{count} {kind.replace('_', ' ')}" for kind, count in found.most_common()])
+    return f"data.root={root}: no picture is kept ({told}). {out / 'report.html'} says why for each; curation=... has the limits."
+
+
+# ---- cut ----
+
+
+def cut(
+    root: Path, cache_dir: Path, out: Path, units: Sequence[Unit], findings: Findings, decided: Decided, settings: CurationSettings,
+    executor: Executor, bar: Bar,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Writes the crops of what is kept, and says where they are (rows of `cutting.cut`, with the finding's `index`, in its order).
+
+    A picture of which no crop can be made gets a verdict now.
+    """
+    wanted: dict[str, dict[str, Any]] = {}
+    index_of: dict[str, int] = {}
+    for index in decided.open(range(len(findings))):
+        finding = findings[index]
+        face = finding.faces[decided.faces[index]] if index in decided.faces else None
+        others = [other for place, other in enumerate(finding.faces) if place != decided.faces.get(index)] if face else []
+        cuts = crops.plan(finding.width, finding.height, face, settings.crops, others=others)
+        if not cuts:
+            decided.verdicts[index] = uncuttable(finding.width, finding.height, bool(others), settings)
+            continue
+        index_of[finding.name] = index
+        wanted[finding.name] = {
+            "face": asdict(face) if face else None,
+            "cuts": [asdict(cut) | {"file": file_name(finding, cut.framing)} for cut in cuts],
+        }
+    by_unit: dict[str, dict[str, Any]] = {}
+    for name, what in wanted.items():
+        by_unit.setdefault(name.partition("!/")[0], {})[name] = what
+    jobs = [
+        {
+            "root": str(root), "cache": str(cache_dir), "out": str(out / PICTURES), "ingest": shards.plain(settings.ingest),
+            "masks": settings.masks, "unit": unit.to_json(), "wanted": by_unit[unit.path],
+        }
+        for unit in units if unit.path in by_unit
+    ]  # fmt: skip
+    bar.start("cutting pictures", len(jobs))
+    rows = []
+    for _, found in executor.map("charforgex.curation.cutting:cut", jobs):
+        bar.step()
+        for row in found:
+            index = index_of[row["item"]]
+            if "error" in row:
+                decided.verdicts[index] = Verdict("corrupt", f"it could be measured, but not read again: {row['error']}")
+            else:
+                rows.append(row | {"index": index})
+    order = {name: place for place, name in enumerate(settings.crops.framings)}
+    return sorted(rows, key=lambda row: (row["index"], order[row["framing"]]))
+
+
+def uncuttable(width: int, height: int, crowded: bool, settings: CurationSettings) -> Verdict:
+    if crowded:
+        return Verdict("several_people", "the character cannot be cut out without the others")
+    return Verdict("too_small", f"no crop of {width} x {height} has {settings.crops.min_side} pixels a side with the whole head in it")
+
+
+# ---- caption ----
+
+
+def caption(
+    out: Path, cache_dir: Path, findings: Findings, cuts: Sequence[Mapping[str, Any]], settings: CurationSettings, bar: Bar
+) -> dict[str, tuple[str, ...]]:
+    """File of a cut -> its captions. Captions that were there are kept, unless `recaption`; the rules change them only if `rewrite`.
+
+    A caption that somebody changed beside a picture of an earlier run stays as it was changed.
+    """
+    from charforgex.curation.captions.base import Context, get_captioner
+    from charforgex.curation.captions.cache import Job, caption_all
+    from charforgex.curation.captions.rules import apply
+
+    rules, pictures = settings.rules, out / PICTURES
+    said: dict[str, tuple[str, ...]] = {}
+    by_hand = edited(pictures)
+    jobs, of_key = [], {}
+    for row in cuts:
+        finding, file = findings[row["index"]], row["file"]
+        if file in by_hand:
+            said[file] = by_hand[file]
+        elif finding.captions and not settings.recaption:
+            said[file] = tuple(apply(text, rules)[0] for text in finding.captions) if settings.rewrite else finding.captions
+        else:
+            context = Context(file, finding.captions, row["framing"], rules.trigger, rules.class_word)
+            jobs.append(Job(row["sha256"], lambda path=pictures / file: Image.open(path).convert("RGB"), context))
+            of_key[row["sha256"]] = file
+    if jobs:
+        told, trouble = settings.captions, []
+        captioner = get_captioner(told)
+        bar.start(f"captions by {', '.join(told.backends)}", len(jobs))
+        store = cache_dir / "captions"
+        for key, text in caption_all(captioner, jobs, store, told.batch_size, lambda name, why: trouble.append(f"{name}: {why}"), bar.step):
+            said[of_key[key]] = tuple(apply(line, rules)[0] for line in text.splitlines() if line.strip())
+        for line in trouble[:NOTED]:
+            bar.console.print(f"[yellow]no caption for {line}")
+    return {file: tuple(dict.fromkeys(text for text in texts if text)) for file, texts in said.items()}
+
+
+def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
+    """Captions beside the pictures of an earlier run that are not what it wrote: somebody improved them."""
+    if not (pictures / MANIFEST).is_file():
+        return {}
+    found = {}
+    for line in (pictures / MANIFEST).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        path = (pictures / record["path"]).with_suffix(".txt")
+        texts = tuple(text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()) if path.is_file() else None
+        if texts is not None and texts != tuple(record["captions"]):
+            found[record["path"]] = texts
+    return found
+
+
+# ---- assemble ----
+
+
+def assemble(
+    out: Path, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], captions: Mapping[str, tuple[str, ...]],
+    settings: CurationSettings, bar: Bar,
+) -> Manifest:  # fmt: skip
+    """The manifest, written: every cut with its captions, its side of the split, and what is known of it."""
+    from charforgex.curation.split import Part, group, split
+
+    bar.start("writing the manifest", None)
+    unique = list({row["sha256"]: row for row in cuts}.values())
+    names = [findings[row["index"]].name for row in unique]
+    place = {}
+    for position, row in enumerate(unique):
+        place.setdefault(row["index"], []).append(position)
+    clusters = [[p for index in members for p in place.get(index, [])] for members in decided.groups] + list(place.values())
+    groups = group(names, [cluster for cluster in clusters if len(cluster) > 1], settings.split.scene_gap)
+    sides = split([Part(row["sha256"], g, row["framing"]) for row, g in zip(unique, groups, strict=True)], settings.split)
+    decided.notes += sides.notes
+    records = []
+    for row, name, number, side in zip(unique, names, groups, sides.sides, strict=True):
+        finding = findings[row["index"]]
+        facts = {"from": name, "framing": row["framing"], "box": row["box"], "group": number, "scores": rounded(finding.scores)}
+        if row["index"] in decided.faces:
+            facts["face"] = asdict(finding.faces[decided.faces[row["index"]]])
+        about = {name: row[name] for name in ("sha256", "width", "height", "mask", "mask_sha256")}
+        records.append(Record(row["file"], captions=captions.get(row["file"], ()), split=side, facts=facts, **about))
+    pictures = out / PICTURES
+    for record in records:
+        write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
+    manifest = Manifest(pictures, tuple(records))
+    manifest.write(pictures / MANIFEST)
+    belongs = {MANIFEST} | {r.path for r in records} | {r.mask for r in records} | {r.path.removesuffix(".png") + ".txt" for r in records}
+    for path in sorted(pictures.rglob("*")):  # of an earlier run over other files; the folder is ours
+        if path.is_file() and path.relative_to(pictures).as_posix() not in belongs:
+            path.unlink()
+    return manifest
+
+
+def rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def character(settings: CurationSettings) -> people.Character | None:
+    """Who is wanted, by the pictures that the user names; None without any."""
+    if settings.people.references is None:
+        return None
+    from charforgex.curation.faces import get_detector
+    from charforgex.embedders import get_embedder
+
+    return people.from_references(settings.people.references, get_detector(settings.faces), get_embedder(settings.embedder))
+
+
+# ---- tell ----
+
+
+def tell(
+    out: Path, title: str, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], manifest: Manifest | None,
+    settings: CurationSettings, bar: Bar,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes report.html and report.json. Returns the report without its files. Without a manifest it is about the files alone."""
+    bar.start("writing the report", None)
+    records = {record.path: record for record in manifest.records} if manifest else {}
+    rows_of: dict[int, list[dict[str, Any]]] = {}
+    known: list[dict[str, str]] = []
+    shown = [row for row in cuts if row["file"] in records]
+    guesses = guessed(findings, shown, settings)
+    for position, row in enumerate(shown):
+        finding, record = findings[row["index"]], records[row["file"]]
+        found = facts.read(finding, " ".join(record.captions), row["box"], small_copy(findings, row))
+        found = facts.complete(found, guesses[position], settings.analysis.margin) if guesses else found
+        known.append(found)
+        cut = {"file": f"{PICTURES}/{row['file']}", "framing": row["framing"], "box": row["box"], "facts": found}
+        rows_of.setdefault(row["index"], []).append(cut | {"captions": record.captions, "split": record.split})
+    kept, rest = Columns(), Columns()
+    for index in range(len(findings)):
+        if findings[index].scores:
+            (rest if index in decided.verdicts else kept).add(findings[index].scores)
+    features = vectors_of(findings, [row["index"] for row in shown])
+    analysed = analysis.analyse(
+        known, features, kept.arrays(), rest.arrays(), analysis.limits(settings.quality), settings.analysis,
+        facts.answers() if guesses else facts.ANSWERS,
+    )  # fmt: skip
+    classes = counts(findings, decided)
+    uncaptioned = sum(not record.captions for record in records.values())
+    pieces = advice.recommend(analysed, classes, uncaptioned, settings.analysis)
+    header = report.header(title, classes, analysed, pieces, Counter(record.split for record in records.values()), decided.notes)
+    group_of = {index: number for number, members in enumerate(decided.groups) for index in members}
+    index_of = {findings[index].name: index for index in range(len(findings))}
+
+    def preview(name: str) -> Image.Image | None:
+        data = findings.preview(index_of[name])
+        return Image.open(io.BytesIO(data)) if data else None
+
+    verdict = decided.verdicts.get
+    rows = (report.row(finding, verdict(i), rows_of.get(i, ()), group_of.get(i)) for i, finding in enumerate(findings))
+    report.write(out, header, rows, preview, settings.analysis.gallery)
+    return header
+
+
+class Columns:
+    """Scores by name, one list each."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, scores: Mapping[str, float]) -> None:
+        for name, value in scores.items():
+            self.values.setdefault(name, []).append(value)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.array(values) for name, values in self.values.items()}
+
+
+def guessed(findings: Findings, shown: Sequence[Mapping[str, Any]], settings: CurationSettings) -> list[dict[str, facts.Guess]]:
+    """What a CLIP of the user's takes each picture for; the embedded one knows drawings of charworld and none of these words."""
+    features = vectors_of(findings, [row["index"] for row in shown])
+    if settings.clip in (None, "charworld") or features is None:
+        return []
+    from charforgex.embedders import get_clip
+
+    clip = get_clip(settings.clip)
+    return facts.zero_shot(features, facts.label_vectors(clip), clip.scale)
+
+
+def small_copy(findings: Findings, row: Mapping[str, Any]) -> np.ndarray | None:
+    """The cut in the size of the report's pictures, uint8 (H, W, 3)."""
+    data = findings.preview(row["index"])
+    if data is None:
+        return None
+    picture = Image.open(io.BytesIO(data))
+    scale = picture.width / findings[row["index"]].width
+    left, top, right, bottom = (round(value * scale) for value in row["box"])
+    return np.asarray(picture.convert("RGB").crop((left, top, max(left + 1, right), max(top + 1, bottom))))

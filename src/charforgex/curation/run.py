@@ -1,0 +1,107 @@
+"""`charforgex curate`: a mess of pictures, archives and clips to a manifest that training reads, and a report to look at.
+
+`curate(cfg)` is the command; `make_dataset` is what it and training share. Files are only read, never changed or moved. Everything that
+takes long is kept under the cache folder by content, so a second run, also after a kill, does only what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from charforgex import runs
+from charforgex.config import bind
+from charforgex.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+
+    from charforgex.curation.settings import CurationSettings
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys at the root of `curate.yaml`."""
+
+    name: str
+    cache_dir: Path
+    runs_dir: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is curated, and how captions shall call who is in it."""
+
+    root: str
+    trigger: str | None = None
+    class_word: str | None = None
+
+
+def curate(cfg: DictConfig) -> dict[str, Any]:
+    """Runs the curation that `cfg` describes, and returns the content of result.json. Raises a CharForgeError."""
+    from rich.console import Console
+
+    from charforgex.curation.settings import CurationSettings
+
+    settings = bind(CurationSettings, cfg.curation, "curation")
+    told = bind(RunSettings, {name: cfg[name] for name in ("name", "cache_dir", "runs_dir", "out")}, "")
+    source = bind(Source, cfg.data, "data")
+    out = told.out or told.runs_dir / f"{told.name}-{runs.config_hash(cfg)[:8]}"
+    if out.exists() and not (out / "config.yaml").exists() and any(out.iterdir()):
+        raise ConfigError(f"out={out} holds other files; name another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    runs.save_config(out, cfg)
+    runs.write_provenance(out, seed=0)
+    return make_dataset(source, settings, out, told.cache_dir, Console())
+
+
+def make_dataset(source: Source, settings: CurationSettings, out: Path, cache_dir: Path, console: Console) -> dict[str, Any]:
+    """Writes manifest.jsonl, pictures/, masks/, report.html, report.json and result.json into `out`. Raises DataError if none is kept."""
+    from charforgex.curation import ingest, pipeline, report
+    from charforgex.curation.executors import get_executor
+
+    started = time.perf_counter()
+    out, cache_dir = out.resolve(), cache_dir.resolve()
+    root = ingest.check_root(source.root)
+    rules = bind_rules(settings, source)
+    units = ingest.units(root, settings.ingest, leave_out=[out, cache_dir])
+    if not units:
+        raise DataError(f"data.root={source.root} has no files; names that begin with a dot are not looked at.")
+    executor = get_executor(settings.where(cache_dir))
+    with pipeline.progress(console) as bar:
+        findings = pipeline.scan(root, cache_dir, units, settings, executor, bar)
+        decided = pipeline.decide(findings, settings, pipeline.character(settings), bar)
+        cuts = pipeline.cut(root, cache_dir, out, units, findings, decided, settings, executor, bar)
+        manifest = None
+        if cuts:
+            captions = pipeline.caption(out, cache_dir, findings, cuts, replace(settings, rules=rules), bar)
+            manifest = pipeline.assemble(out, findings, decided, cuts, captions, settings, bar)
+        told = pipeline.tell(out, root.name, findings, decided, cuts, manifest, settings, bar)
+    report.summary(console, told, out / report.HTML)
+    if manifest is None:
+        raise DataError(pipeline.nothing_kept(source.root, decided, out))
+    result = {
+        "manifest": str(manifest.root / pipeline.MANIFEST), "report": str(out / report.HTML), "out": str(out), "classes": told["classes"],
+        "split": told["split"], "content": manifest.content_hash(), "seconds": round(time.perf_counter() - started, 2),
+    }  # fmt: skip
+    runs.write_result(out, result)
+    return result
+
+
+def bind_rules(settings: CurationSettings, source: Source) -> Any:
+    """The caption rules with the trigger and class of `source`, which may be given in one place only."""
+    given = {"trigger": source.trigger, "class_word": source.class_word}
+    for name, value in given.items():
+        if value is not None and getattr(settings.rules, name) is not None:
+            raise ConfigError(f"data.{name}={value} and curation.rules.{name}={getattr(settings.rules, name)} say it twice; drop one.")
+    return replace(settings.rules, **{name: value for name, value in given.items() if value is not None})
+
+
+if __name__ == "__main__":
+    from charforgex.cli import run
+
+    run("curate")
