@@ -82,7 +82,7 @@ class Words:
         """For each picture and table the `top` likeliest phrases with their probability among all of the table."""
         pictures_ND, found = self.clip.see(pictures), [{} for _ in pictures]
         for table, vectors in self.vectors.items():
-            shares, indices = (self.clip.scale * pictures_ND @ vectors.T).softmax(dim=1).topk(top, dim=1)
+            shares, indices = (self.clip.scale * pictures_ND @ vectors.T).softmax(dim=1).topk(min(top, len(vectors)), dim=1)
             for styles, share, index in zip(found, shares.tolist(), indices.tolist(), strict=True):
                 styles[table] = [(self.labels[table][i], p) for i, p in zip(index, share, strict=True)]
         return found

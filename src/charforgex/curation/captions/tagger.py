@@ -58,7 +58,7 @@ class Tagger:
         probabilities = self.network(pictures)
         if probabilities.shape != (len(pictures), len(self.tags)):
             raise ModelError(
-                f"{self.source} gives {probabilities.shape[1:]} numbers a picture for {len(self.tags)} tags; is the list another's?"
+                f"{self.source} gives {probabilities.shape[1]} numbers a picture for {len(self.tags)} tags; is the list another's?"
             )
         limits = np.where(
             self.categories == GENERAL, self.settings.general, np.where(self.categories == CHARACTER, self.settings.character, 1)
