@@ -17,6 +17,7 @@ STRIDE = 4
 DEEPEST = 32
 UNIT = 16.0  # pixels: sizes are learnt as logarithms of multiples of this
 SIDES = (128, 320)  # the long side at which a picture is looked at: near faces, and small ones
+SMALLEST = 6.0  # pixels, at such a side, of what may be a face: it learns on 8 and more
 
 
 class Norm(nn.Module):
@@ -65,8 +66,12 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def find(self, pixels_3HW: Tensor, threshold: float = 0.4, sides: tuple[int, ...] = SIDES, most: int = 64) -> Faces:
-        """Faces of one picture of any size whose score is at least `threshold`, seen at every size of `sides`, each face once."""
-        found = [self._find_at(pixels_3HW, side, threshold, most) for side in sides]
+        """Faces of one picture of any size whose score is at least `threshold`, each once, looked for at every size of `sides`.
+
+        But at larger sizes than its own only at the first: there is nothing more to see.
+        """
+        long = max(pixels_3HW.shape[1:])
+        found = [self._find_at(pixels_3HW, side, threshold, most) for side in sides if side == sides[0] or side <= long]
         boxes, scores, landmarks = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = scores.argsort(descending=True)
         kept: list[int] = []
@@ -90,6 +95,7 @@ def decode(map_15hw: Tensor, threshold: float, most: int) -> Faces:
     """The faces whose middles are peaks of the map, in the pixels that the network saw."""
     score = map_15hw[0].sigmoid()
     peaks = (score == F.max_pool2d(score[None], 3, 1, 1)[0]) & (score >= threshold)
+    peaks &= map_15hw[3:5].amin(0).exp() * UNIT >= SMALLEST
     rows, columns = peaks.nonzero(as_tuple=True)
     best = score[rows, columns].argsort(descending=True)[:most]
     rows, columns = rows[best], columns[best]
