@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -71,31 +71,31 @@ class Manifest:
         return tuple(record for record in self.records if record.split == split)
 
     def write(self, path: str | Path) -> None:
-        """Write atomically as JSON lines. The file must lie in `root`, from where its paths count."""
+        """Write atomically, as JSON lines or a `.parquet` table. The file must lie in `root`, from where its paths count."""
         from charforgex.runs import write_atomic
 
         path = Path(path)
         if path.parent.resolve() != self.root.resolve():
             raise DataError(f"The manifest {path} must lie in {self.root}, because its paths are relative to itself.")
-        lines = [json.dumps({"version": VERSION, **asdict(record)}, ensure_ascii=False) for record in self.records]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        rows = ({"version": VERSION, **asdict(record)} for record in self.records)
+        if path.suffix == ".parquet":
+            from charforgex.curation.exports import write_parquet
+
+            write_parquet(path, rows)
+        else:
+            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     @staticmethod
     def read(path: str | Path) -> Manifest:
-        """Read a JSONL manifest and check that every file is there with the content it had. Raises DataError."""
+        """Read a manifest and check that every file is there with the content it had. Raises DataError."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"The manifest {path} cannot be read: {error}.") from error
         root = path.parent.resolve()
         records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append(_parse(line, root))
-                except DataError as error:
-                    raise DataError(f"{path}, line {number}: {error}") from error
+        for number, item in _rows(path):
+            try:
+                records.append(_parse(item, root))
+            except DataError as error:
+                raise DataError(f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {number}: {error}") from error
         if not records:
             raise DataError(f"The manifest {path} has no records.")
         _refuse_twins(records, path)
@@ -129,11 +129,26 @@ OPTIONAL = {"captions": [], "split": "train", "mask": None, "mask_sha256": None,
 assert set(CHECKS) == {field.name for field in fields(Record)} | {"version"}
 
 
-def _parse(line: str, root: Path) -> Record:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, content) of each row of a manifest's file. Raises DataError."""
+    if path.suffix == ".parquet":
+        from charforgex.curation.exports import read_parquet
+
+        yield from enumerate(read_parquet(path), start=1)
+        return
     try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"this is not JSON: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The manifest {path} cannot be read: {error}.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: this is not JSON: {error}") from error
+
+
+def _parse(item: Any, root: Path) -> Record:
     if not isinstance(item, dict):
         raise DataError("a record must be a JSON object")
     if unknown := sorted(set(item) - set(CHECKS)):
@@ -185,14 +200,14 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def open_manifest(source: str | Path, val_count: int | None = None, min_side: int = 16, max_pixels: int = MAX_PIXELS) -> Manifest:
-    """A folder of pictures, or a `.jsonl` manifest (which brings its own split). Raises DataError."""
+    """A folder of pictures, or a `.jsonl` or `.parquet` manifest (which brings its own split). Raises DataError."""
     path = Path(source).expanduser()
     if path.is_dir():
         return from_folder(path, val_count, min_side, max_pixels)
     if not path.exists():
         raise DataError(f"There is no folder or manifest {path}; set data.source to a folder of pictures or a .jsonl manifest.")
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path} is neither a folder of pictures nor a .jsonl manifest.")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path} is neither a folder of pictures nor a manifest (.jsonl, .parquet).")
     if val_count is not None:
         raise DataError(f"val_count={val_count} has no effect on {path}: a manifest says itself which pictures are held out.")
     return Manifest.read(path)

@@ -18,6 +18,7 @@ from rich.console import Console
 from charforgex.curation import advice, analysis, crops, duplicates, facts, people, quality, report, shards
 from charforgex.curation.cutting import file_name
 from charforgex.curation.executors import Executor
+from charforgex.curation.exports import write_webdataset
 from charforgex.curation.ingest import Unit
 from charforgex.curation.items import CLASSES, Verdict
 from charforgex.curation.manifest import Manifest, Record, some
@@ -289,8 +290,17 @@ def assemble(
     for record in records:
         write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
     manifest = Manifest(pictures, tuple(records))
-    manifest.write(pictures / MANIFEST)
-    belongs = {MANIFEST} | {r.path for r in records} | {r.mask for r in records} | {r.path.removesuffix(".png") + ".txt" for r in records}
+    manifest.write(pictures / MANIFEST)  # what a later run compares captions with, to see what somebody changed
+    if settings.manifest == "parquet":
+        manifest.write(pictures / "manifest.parquet")
+    if settings.webdataset:
+        write_webdataset(manifest, out / "webdataset")
+    belongs = (
+        {MANIFEST, "manifest.parquet"}
+        | {r.path for r in records}
+        | {r.mask for r in records}
+        | {r.path.removesuffix(".png") + ".txt" for r in records}
+    )
     for path in sorted(pictures.rglob("*")):  # of an earlier run over other files; the folder is ours
         if path.is_file() and path.relative_to(pictures).as_posix() not in belongs:
             path.unlink()
