@@ -31,7 +31,7 @@ TIMEOUT = 30.0  # seconds for the file system to answer
 LOOK = 640  # pixels of the longer side at which sharpness is judged
 SMALL = 96  # the same, for scenes
 FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
-SHORTEST = 0.3  # seconds of a scene: flashes are none
+SHORTEST = 0.3  # seconds of a scene, at least: a flicker is no row of scenes
 
 
 @dataclass(frozen=True)
@@ -232,12 +232,15 @@ class View(NamedTuple):
         return float(1 - np.minimum(self.colours, other.colours).sum())
 
     def differs(self, other: View) -> float:
-        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came or went, whichever is more."""
+        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came, or that went.
+
+        The smaller of the two, unlike there: at a cut both are large, and between a shaken and a still frame only one is.
+        """
         if self.edges.shape != other.edges.shape:
             return 1.0
         came, went = (1 - (a.edges & b.around).sum() / max(1, a.edges.sum()) for a, b in ((self, other), (other, self)))
         few = min(self.edges.sum(), other.edges.sum()) < 0.01 * self.edges.size
-        return (self.drifted(other) + (0.0 if few else float(max(came, went)))) / 2
+        return (self.drifted(other) + (0.0 if few else float(min(came, went)))) / 2
 
 
 def choose(times: Sequence[float], sharpness: Sequence[float], scenes: Sequence[int], settings: VideoSettings) -> set[int]:
