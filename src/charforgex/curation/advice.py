@@ -135,7 +135,7 @@ def _unlike_the_wish(question: str, counts: Mapping[str, int], tested: Mapping[s
 
 
 def _one(question: str, answer: str) -> str:
-    return ADD.get(question, {}).get(answer) or f"ones of {question} “{answer}”"
+    return ADD.get(question, {}).get(answer) or f"pictures of {question} “{answer}”"
 
 
 def _variety(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:

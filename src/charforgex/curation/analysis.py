@@ -186,13 +186,14 @@ def bias(counts: Mapping[str, int], wished: Mapping[str, float] | None = None) -
     """
     from scipy import stats
 
-    wished = dict.fromkeys(counts, 1.0) if wished is None else wished
+    by_wish, wished = wished is not None, wished or dict.fromkeys(counts, 1.0)
     observed = np.array([counts.get(answer, 0) for answer in wished], float)
     share = np.array(list(wished.values()), float) / sum(wished.values())
     total = int(observed.sum())
     expected = total * share
     test = stats.chisquare(observed, expected)
     result: dict[str, Any] = {
+        "wished": by_wish,
         "expected": dict(zip(wished, expected.tolist(), strict=True)),
         "statistic": float(test.statistic),
         "freedom": len(share) - 1,
