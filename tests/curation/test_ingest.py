@@ -1,5 +1,6 @@
 """Every file of a folder is a unit, every unit gives pictures or says why not, and nothing in a file can do harm."""
 
+import hashlib
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from charforgex.binding import bind
-from charforgex.curation.ingest import IngestSettings, Unit, items, units
+from charforgex.curation.ingest import IngestSettings, Unit, content_hashes, items, units
 from charforgex.curation.items import CLASSES
 from charforgex.curation.pictures import decode_picture, verdict_of
 from charforgex.errors import ConfigError, DataError
@@ -172,6 +173,21 @@ def test_a_file_that_vanishes_or_may_not_be_read(folder):
     (folder / "b.png").unlink()
     (item,) = items(folder, found["b.png"], SETTINGS)
     assert item.verdict.kind == "corrupt" and "No such file" in item.verdict.reason
+
+
+def test_content_hashes_open_only_what_may_be_opened(folder):
+    (folder / "out.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.zip").write_bytes(b"x")
+    found = {u.path: u for u in units(folder, SETTINGS)}
+    (folder / "gone.zip").unlink()
+    told = {path: content_hashes(folder, unit) for path, unit in found.items()}
+    assert told["b.png"] == [
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("b.png", "b.txt", "b.caption", "b.mask.png")
+    ]
+    assert told["out.png"][0] == "unsafe" and "not a regular file" in told["pipe.png"][0] and told["gone.zip"][0].startswith("unreadable")
+    (unit,) = units(folder / "b.png", SETTINGS)
+    assert content_hashes(folder / "b.png", unit) == told["b.png"][:1]
 
 
 def test_settings_are_the_files_and_are_checked():

@@ -1,12 +1,14 @@
 """Every kind of file becomes the same upright RGB picture."""
 
+import base64
 import io
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from charforgex.curation.pictures import decode_picture, measure_picture, read_bytes, read_picture
+from charforgex.curation.pictures import Unusable, decode_picture, looks_like_picture, measure_picture, read_bytes, read_picture, verdict_of
 from charforgex.errors import DataError
 
 # 2 high, 3 wide: red, green, blue over black, grey, white
@@ -156,3 +158,74 @@ def test_files_that_are_not_read(tmp_path):
     with pytest.raises(DataError, match="more than"):
         read_bytes(tmp_path / "large", limit=4)
     assert read_bytes(tmp_path / "large", limit=5) == b"12345"
+
+
+WHY = {
+    "corrupt": [
+        b"",
+        bytes(100),
+        saved(Image.fromarray(UPRIGHT))[:20],
+        saved(Image.fromarray(UPRIGHT), "JPEG")[:200],
+        b"\x89PNG and no more",
+    ],
+    "unsupported": [
+        b"words",
+        b"PK\3\4" + bytes(60),
+        saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+        b"%!PS-Adobe-3.0 EPSF-3.0",
+    ],
+    "too_large": [saved(Image.new("1", (400, 300)))],
+}
+
+
+@pytest.mark.parametrize(("kind", "data"), [(kind, data) for kind, files in WHY.items() for data in files])
+def test_errors_know_their_class(kind, data):
+    with pytest.raises(Unusable) as caught:
+        decode_picture(data, max_pixels=100_000)
+    verdict = verdict_of(caught.value)
+    assert verdict == (kind, str(caught.value)) and verdict.reason
+    assert verdict_of(pickle.loads(pickle.dumps(caught.value))) == verdict  # they come from worker processes
+    assert verdict_of(DataError("any other")) == ("corrupt", "any other")
+
+
+def test_pictures_are_known_by_their_first_bytes():
+    for form in ("PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"):
+        assert looks_like_picture(saved(Image.fromarray(UPRIGHT), form)[:16]), form
+    assert looks_like_picture(HEIC[:16]) and not looks_like_picture(b"PK\3\4" + bytes(12)) and not looks_like_picture(b"RIFF    AVI LIST")
+
+
+# 48 x 32: red and green over blue and white; encoded by libheif 1.23, an HEVC still picture
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAAAAAERAAAEA"
+    "AQAAAAABoQABAAAAAAAAALwAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAAAHZodmND"
+    "AQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAA"
+    "AAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAADAAAAABAAAAIAAAAAH////wAAAA"
+    "Av///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAAMRtZGF0AAAAuCgBrwngIzhH/+Cff/3+Gh9o6W9yg83fWP1Jf/wj"
+    "z/sHKva9h/UIbcgP/DQjj2fI/8X7UmQxv/Eyy8DcVdRMRG9wFJSAC/I77Ul/J/LYPBzRMJhD83+20Av/8DeO6f/wN48u0OPmyaR0JY4ifpt2/TfL8RUV3mlb"
+    "H6pSzjgWaU+ABlbnatcezJd3oBsUFuEs2lllYtF0qku/5qkZWB/yWRnSpUKHcNixy9M1muKbVzD6EXJKam2SOGA="
+)
+
+
+def test_heic_is_read_where_there_is_a_plugin():
+    pytest.importorskip("pi_heif")
+    out = pixels(HEIC)
+    assert out.shape == (32, 48, 3)
+    for (row, column), colour in {(4, 4): (255, 0, 0), (4, 40): (0, 255, 0), (28, 4): (0, 0, 255), (28, 40): (255, 255, 255)}.items():
+        assert np.abs(out[row, column].astype(int) - colour).max() <= 8
+    with pytest.raises(Unusable) as caught:
+        decode_picture(HEIC[: len(HEIC) // 2])
+    assert caught.value.kind == "corrupt"
+
+
+def test_heic_without_a_plugin_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("charforgex.curation.pictures.formats", lambda: ("PNG", "JPEG"))
+    with pytest.raises(Unusable, match=r"charforgex\[heif\]") as caught:
+        decode_picture(HEIC)
+    assert caught.value.kind == "unsupported"
+
+
+def test_an_animated_png_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for form in ("PNG", "WEBP"):
+        data = saved(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
+        assert pixels(data)[0, 0].tolist() == [255, 0, 0]

@@ -5,6 +5,7 @@ Nothing is fetched, nothing is changed, nothing is unpacked to disk. Every file 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +183,24 @@ def _stamps(root: Path, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
 def locate(root: Path, relative: str) -> Path:
     """The file of a unit. Raises DataError if it leads out of the root."""
     return resolve_inside(root.parent if root.is_file() else root, relative)
+
+
+def content_hashes(root: Path, unit: Unit) -> list[str]:
+    """SHA-256 of each file that the unit's items depend on, or what kept it from being read. What gives no picture is not opened."""
+    if unit.verdict:
+        return list(unit.verdict)
+    if unit.kind == "other" and suffix_of(unit.path):
+        return list(refusal_by_name(unit.path))
+    found = []
+    for name in unit.files:
+        try:
+            path = locate(root, name)
+            check_file(path, may_be_empty=True)
+            with open(path, "rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except (DataError, OSError) as error:
+            found.append(f"unreadable: {error}")
+    return found
 
 
 def items(root: str | Path, unit: Unit, settings: IngestSettings) -> Iterator[Item]:

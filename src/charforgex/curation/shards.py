@@ -74,7 +74,7 @@ def scan(job: Job) -> str:
     memo = store / "known" / f"{outside}.json"
     if memo.exists() and (store / (name := json.loads(memo.read_text())["shard"])).is_dir():
         return name
-    name = digest([VERSION, settings, [[u.path, [content_hash(root, path) for path in u.files]] for u in units]])
+    name = digest([VERSION, settings, [[u.path, ingest.content_hashes(root, u)] for u in units]])
     if not (store / name).is_dir():
         store.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=store, prefix=".work_"))
@@ -94,15 +94,6 @@ def scan(job: Job) -> str:
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:40]
-
-
-def content_hash(root: Path, relative: str) -> str:
-    """SHA-256 of a file's content, or what kept it from being read."""
-    try:
-        with open(root / relative, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
 
 
 def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings: str) -> None:
