@@ -75,7 +75,7 @@ class ArcFaceEmbedder:
     def __init__(self, source: str):
         from charforgex.onnx_nets import OnnxNet
 
-        self.name, self.net = source, OnnxNet(source, 112, "The embedder")
+        self.name, self.net = source, OnnxNet(source, (1, 3, 112, 112), "The embedder")
         self([Image.new("RGB", (112, 112))])
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:

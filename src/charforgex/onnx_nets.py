@@ -1,7 +1,8 @@
-"""An ONNX file of the user's as a function. OpenCV's own engine runs it; what that cannot, onnxruntime does where it is installed."""
+"""An ONNX file of the user's as a function: by onnxruntime where it is installed, on the GPU if it has one, else by OpenCV's own engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,43 +10,48 @@ import numpy as np
 
 from charforgex.errors import ModelError
 
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
 
 class OnnxNet:
-    """Pixels (1, 3, side, side), float32, to a list of arrays. Raises ModelError, naming `setting`, if no engine here runs it."""
+    """Pixels of `shape`, float32, to a list of arrays. Raises ModelError, naming `setting`, if no engine here runs it."""
 
-    def __init__(self, path: str, side: int, setting: str):
-        import cv2
-
+    def __init__(self, path: str | Path, shape: Sequence[int], setting: str):
         source = Path(path).expanduser()
         if not source.is_file():
             raise ModelError(f"{setting}={path} is not a file; give the .onnx file of the model.")
-        probe = np.zeros((1, 3, side, side), np.float32)
-        try:
-            net = cv2.dnn.readNetFromONNX(str(source))
-            names = net.getUnconnectedOutLayersNames()
-
-            def run(pixels: np.ndarray) -> list[np.ndarray]:
-                net.setInput(pixels)
-                return list(net.forward(names))
-
-            run(probe)
-            self.run = run
-        except cv2.error as error:
-            self.run = _in_onnxruntime(source, probe, setting, str(error).strip().splitlines()[-1])
+        open_net = _in_onnxruntime if find_spec("onnxruntime") else _in_opencv
+        self.run = open_net(source, np.zeros(shape, np.float32), setting)
 
 
-def _in_onnxruntime(source: Path, probe: np.ndarray, setting: str, said: str):
-    if find_spec("onnxruntime") is None:
-        raise ModelError(
-            f"{setting}={source} is not an ONNX file that OpenCV runs: {said}. "
-            f"If it is a good one, pip install onnxruntime, which runs more."
-        )
+def _in_onnxruntime(source: Path, probe: np.ndarray, setting: str) -> Run:
     import onnxruntime
 
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
     try:
-        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(source), providers=providers)
         name = session.get_inputs()[0].name
         session.run(None, {name: probe})
     except Exception as error:  # onnxruntime's own errors share no base class
-        raise ModelError(f"{setting}={source} runs neither in OpenCV ({said}) nor in onnxruntime: {error}") from error
+        raise ModelError(f"{setting}={source} does not run in onnxruntime on {list(probe.shape)}: {error}") from error
     return lambda pixels: session.run(None, {name: pixels})
+
+
+def _in_opencv(source: Path, probe: np.ndarray, setting: str) -> Run:
+    import cv2
+
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
+        net.setInput(pixels)
+        return list(net.forward(names))
+
+    try:
+        net = cv2.dnn.readNetFromONNX(str(source))
+        names = net.getUnconnectedOutLayersNames()
+        run(probe)
+    except cv2.error as error:
+        said = str(error).strip().splitlines()[-1]
+        raise ModelError(
+            f"{setting}={source} is not an ONNX file that OpenCV runs on {list(probe.shape)}: {said}. "
+            "If it is a good one, pip install onnxruntime, which runs more."
+        ) from error
+    return run

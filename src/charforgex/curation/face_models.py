@@ -77,7 +77,7 @@ class Scrfd:
     side = 640
 
     def __init__(self, path: str):
-        self.net = OnnxNet(path, self.side, SETTING)
+        self.net = OnnxNet(path, (1, 3, self.side, self.side), SETTING)
         self._outputs(np.zeros((self.side, self.side, 3), np.uint8), path)
 
     def _outputs(self, canvas: np.ndarray, path: str = "") -> dict[int, list[np.ndarray]]:
@@ -121,7 +121,7 @@ class RetinaFace:
     variances = (0.1, 0.2)
 
     def __init__(self, path: str):
-        self.net = OnnxNet(path, self.side, SETTING)
+        self.net = OnnxNet(path, (1, 3, self.side, self.side), SETTING)
         self.priors = self._priors()
         self._outputs(np.zeros((self.side, self.side, 3), np.uint8), path)
 

@@ -1,10 +1,9 @@
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from charforgex import onnx_nets
 from charforgex.curation.captions.base import Context, get_captioner
 from charforgex.curation.captions.settings import CaptionSettings
 from charforgex.curation.captions.tagger import spaced, squared
@@ -24,8 +23,7 @@ def engine(request, monkeypatch):
     if request.param == "onnxruntime":
         pytest.importorskip("onnxruntime")
     else:
-        find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+        monkeypatch.setattr(onnx_nets, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -79,8 +77,13 @@ def test_broken_files_are_told_of(engine, folder):
     with pytest.raises(ModelError, match="5 numbers a picture for 6 tags"):
         caption(tagger(folder), RED)
     (folder / "model.onnx").write_bytes(b"no network")
-    with pytest.raises(ModelError, match="does not run in"):
+    with pytest.raises(
+        ModelError, match=r"captions\.source=.*model\.onnx (does not run in onnxruntime|is not an ONNX file that OpenCV runs)"
+    ):
         caption(tagger(folder), RED)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(ModelError, match=r"has neither model\.onnx"):
+        tagger(folder)
 
 
 @pytest.mark.parametrize(("several", "expected"), [(True, ["big hat, red", "big hat"]), (False, ["big hat", "big hat"])])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from charforgex.curation.captions.base import Context, captioner_name, model_dig
 from charforgex.curation.captions.loading import check_source, load_model
 from charforgex.curation.captions.settings import CaptionSettings, default
 from charforgex.errors import ConfigError, ModelError
+from charforgex.onnx_nets import OnnxNet
 
 SIZE = 448  # of the pictures that these networks were trained on
 GENERAL, CHARACTER = 0, 4  # categories of selected_tags.csv; 9 are ratings, which are no words of a caption
@@ -39,6 +39,8 @@ class Tagger:
         if self.onnx.is_file():
             self.source = str(self.folder)
             self.tags, self.categories = read_tags(self.folder / "selected_tags.csv")
+        elif self.folder.is_dir() and not (self.folder / "config.json").exists():
+            raise ModelError(f"captions.source={source} has neither model.onnx (beside selected_tags.csv) nor a classifier's config.json.")
         else:
             self.source = check_source(settings)
             if settings.character != default("character"):
@@ -87,13 +89,12 @@ class _Onnx:
     """A file that takes (1, 448, 448, 3), BGR, 0 to 255, the picture in the middle of a white square, and gives probabilities."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.run = _onnxruntime(path) if importlib.util.find_spec("onnxruntime") else _opencv(path)
+        self.net = OnnxNet(path, (1, SIZE, SIZE, 3), "captions.source")
 
     def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(squared(picture, SIZE), dtype=np.float32)[None, :, :, ::-1] for picture in pictures]
         # One at a time: many of these files have a batch of 1 written into them.
-        return np.concatenate([self.run(np.ascontiguousarray(one)) for one in pixels])
+        return np.concatenate([self.net.run(np.ascontiguousarray(one))[0] for one in pixels])
 
 
 def squared(picture: Image.Image, size: int) -> Image.Image:
@@ -103,37 +104,6 @@ def squared(picture: Image.Image, size: int) -> Image.Image:
     square = Image.new("RGB", (side, side), (255, 255, 255))
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _onnxruntime(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import onnxruntime
-
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=providers)
-        entry = session.get_inputs()[0].name
-        session.run(None, {entry: np.zeros((1, SIZE, SIZE, 3), np.float32)})
-    except Exception as error:  # its errors share no base of their own
-        raise ModelError(f"{path} does not run in onnxruntime on a picture of (1, {SIZE}, {SIZE}, 3): {error}") from error
-    return lambda pixels: session.run(None, {entry: pixels})[0]
-
-
-def _opencv(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import cv2
-
-    def run(pixels: np.ndarray) -> np.ndarray:
-        network.setInput(pixels)
-        return network.forward()
-
-    try:
-        network = cv2.dnn.readNetFromONNX(str(path))
-        run(np.zeros((1, SIZE, SIZE, 3), np.float32))
-    except cv2.error as error:
-        said = str(error).strip().splitlines()[-1]
-        raise ModelError(
-            f"{path} does not run in OpenCV on a picture of (1, {SIZE}, {SIZE}, 3): {said}; pip install onnxruntime."
-        ) from error
-    return run
 
 
 class _Classifier:
