@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["generate", "train"]
+__all__ = ["curate", "generate", "train"]
+
+
+def curate(**settings: Any) -> dict[str, Any]:
+    """What `charforgex curate name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
+    return _run("curate", "charforgex.curation.run:curate", settings)
 
 
 def train(**settings: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from charforgex.overrides import quote_texts
 from charforgex.runs import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 
 COMMANDS = {
+    "curate": ("charforgex.curation.run:curate", "a mess of pictures, archives and clips to a dataset; curate report only looks"),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
 }
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         complain(ConfigError(not_among(f"the command {command}", command, list(COMMANDS))))
         raise SystemExit(EXIT_ERROR)
+    if arguments[:2] == ["curate", "report"]:
+        arguments[1] = "only_report=true"
     run(command, arguments[1:])
 
 

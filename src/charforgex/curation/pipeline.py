@@ -102,13 +102,14 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
                 decided.verdicts[index] = verdict
     bar.step()
     left = decided.open(everyone)
-    chosen = [findings[index] for index in left]
-    small, vectors = [findings.thumbnail(index) for index in left], vectors_of(findings, left)
-    for group in duplicates.clusters(chosen, small, settings.duplicates, vectors):
-        kept = left[group.kept]
+    chosen = findings.only(left)
+    groups = duplicates.clusters(
+        chosen, settings.duplicates, lambda place: findings.thumbnail(left[place]), vectors_of(findings, left)
+    )  # fmt: skip
+    for group in groups:
         decided.groups.append([left[member] for member in group.members])
         for member, reason in group.others.items():
-            decided.verdicts[left[member]] = Verdict("duplicate", f"{reason} {findings[kept].name}")
+            decided.verdicts[left[member]] = Verdict("duplicate", reason)
     decided.verdicts |= {index: verdict for index, verdict in poor.items() if index not in decided.verdicts}
     bar.step()
     left = decided.open(everyone)
@@ -119,7 +120,7 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
         decided.notes.append(
             f"A face was found in {with_face} of {len(left)} pictures only, so none is asked for; curation.faces.detector has others."
         )
-    chosen = [findings[index] for index in left]
+    chosen = findings.only(left)
     found = people.decide(chosen, lambda place: findings.face_vectors(left[place]), wanted, settings.crops, character)
     for index, decision in zip(left, found, strict=True):
         if decision.verdict is not None:
@@ -204,6 +205,16 @@ def uncuttable(width: int, height: int, crowded: bool, settings: CurationSetting
     return Verdict("too_small", f"no crop of {width} x {height} has {settings.crops.min_side} pixels a side with the whole head in it")
 
 
+def as_they_are(root: Path, findings: Findings, decided: Decided) -> tuple[list[dict[str, Any]], Manifest]:
+    """The kept pictures whole, as `cut` and `assemble` would have them: for a report alone. Nothing is written."""
+    rows, records = [], []
+    for index in decided.open(range(len(findings))):
+        found = findings[index]
+        rows.append({"index": index, "file": found.name, "framing": "full", "box": [0, 0, found.width, found.height]})
+        records.append(Record(found.name, found.sha256, found.width, found.height, found.captions))
+    return rows, Manifest(root, tuple(records))
+
+
 # ---- caption ----
 
 
@@ -281,15 +292,17 @@ def assemble(
     records = []
     for row, name, number, side in zip(unique, names, groups, sides.sides, strict=True):
         finding = findings[row["index"]]
-        facts = {"from": name, "framing": row["framing"], "box": row["box"], "group": number, "scores": rounded(finding.scores)}
+        known = {"from": name, "framing": row["framing"], "box": row["box"], "group": number, "scores": rounded(finding.scores)}
         if row["index"] in decided.faces:
-            facts["face"] = asdict(finding.faces[decided.faces[row["index"]]])
+            known["face"] = asdict(finding.faces[decided.faces[row["index"]]])
         about = {name: row[name] for name in ("sha256", "width", "height", "mask", "mask_sha256")}
-        records.append(Record(row["file"], captions=captions.get(row["file"], ()), split=side, facts=facts, **about))
+        records.append(Record(row["file"], captions=captions.get(row["file"], ()), split=side, facts=known, **about))
     pictures = out / PICTURES
     for record in records:
         write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
     manifest = Manifest(pictures, tuple(records))
+    if not records:
+        return manifest
     manifest.write(pictures / MANIFEST)  # what a later run compares captions with, to see what somebody changed
     if settings.manifest == "parquet":
         manifest.write(pictures / "manifest.parquet")
@@ -325,12 +338,12 @@ def character(settings: CurationSettings) -> people.Character | None:
 
 
 def tell(
-    out: Path, title: str, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], manifest: Manifest | None,
+    out: Path, title: str, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], manifest: Manifest,
     settings: CurationSettings, bar: Bar,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes report.html and report.json. Returns the report without its files. Without a manifest it is about the files alone."""
+    """Writes report.html and report.json. Returns the report without its files."""
     bar.start("writing the report", None)
-    records = {record.path: record for record in manifest.records} if manifest else {}
+    records = {record.path: record for record in manifest.records}
     rows_of: dict[int, list[dict[str, Any]]] = {}
     known: list[dict[str, str]] = []
     shown = [row for row in cuts if row["file"] in records]
@@ -340,7 +353,7 @@ def tell(
         found = facts.read(finding, " ".join(record.captions), row["box"], small_copy(findings, row))
         found = facts.complete(found, guesses[position], settings.analysis.margin) if guesses else found
         known.append(found)
-        cut = {"file": f"{PICTURES}/{row['file']}", "framing": row["framing"], "box": row["box"], "facts": found}
+        cut = {"file": row["file"], "framing": row["framing"], "box": row["box"], "facts": found}
         rows_of.setdefault(row["index"], []).append(cut | {"captions": record.captions, "split": record.split})
     kept, rest = Columns(), Columns()
     for index in range(len(findings)):

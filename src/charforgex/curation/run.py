@@ -30,6 +30,7 @@ class RunSettings:
     cache_dir: Path
     runs_dir: Path
     out: Path | None = None
+    only_report: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def curate(cfg: DictConfig) -> dict[str, Any]:
     from charforgex.curation.settings import CurationSettings
 
     settings = bind(CurationSettings, cfg.curation, "curation")
-    told = bind(RunSettings, {name: cfg[name] for name in ("name", "cache_dir", "runs_dir", "out")}, "")
+    told = bind(RunSettings, {name: cfg[name] for name in ("name", "cache_dir", "runs_dir", "out", "only_report")}, "")
     source = bind(Source, cfg.data, "data")
     out = told.out or told.runs_dir / f"{told.name}-{runs.config_hash(cfg)[:8]}"
     if out.exists() and not (out / "config.yaml").exists() and any(out.iterdir()):
@@ -56,11 +57,16 @@ def curate(cfg: DictConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     runs.save_config(out, cfg)
     runs.write_provenance(out, seed=0)
-    return make_dataset(source, settings, out, told.cache_dir, Console())
+    return make_dataset(source, settings, out, told.cache_dir, Console(), told.only_report)
 
 
-def make_dataset(source: Source, settings: CurationSettings, out: Path, cache_dir: Path, console: Console) -> dict[str, Any]:
-    """Writes manifest.jsonl, pictures/, masks/, report.html, report.json and result.json into `out`. Raises DataError if none is kept."""
+def make_dataset(
+    source: Source, settings: CurationSettings, out: Path, cache_dir: Path, console: Console, only_report: bool = False
+) -> dict[str, Any]:
+    """Writes pictures/ (with captions, masks and manifest.jsonl), report.html, report.json and result.json into `out`, or the report alone.
+
+    Raises DataError if no picture is kept.
+    """
     from charforgex.curation import ingest, pipeline, report
     from charforgex.curation.executors import get_executor
 
@@ -71,23 +77,30 @@ def make_dataset(source: Source, settings: CurationSettings, out: Path, cache_di
     units = ingest.units(root, settings.ingest, leave_out=[out, cache_dir])
     if not units:
         raise DataError(f"data.root={source.root} has no files; names that begin with a dot are not looked at.")
+    folder = root if root.is_dir() else root.parent
     executor = get_executor(settings.where(cache_dir))
     with pipeline.progress(console) as bar:
-        findings = pipeline.scan(root, cache_dir, units, settings, executor, bar)
+        findings = pipeline.scan(folder, cache_dir, units, settings, executor, bar)
         decided = pipeline.decide(findings, settings, pipeline.character(settings), bar)
-        cuts = pipeline.cut(root, cache_dir, out, units, findings, decided, settings, executor, bar)
-        manifest = None
-        if cuts:
+        if only_report:
+            cuts, manifest = pipeline.as_they_are(folder, findings, decided)
+        else:
+            cuts = pipeline.cut(folder, cache_dir, out, units, findings, decided, settings, executor, bar)
             captions = pipeline.caption(out, cache_dir, findings, cuts, replace(settings, rules=rules), bar)
             manifest = pipeline.assemble(out, findings, decided, cuts, captions, settings, bar)
         told = pipeline.tell(out, root.name, findings, decided, cuts, manifest, settings, bar)
     report.summary(console, told, out / report.HTML)
-    if manifest is None:
+    if not manifest.records:
         raise DataError(pipeline.nothing_kept(source.root, decided, out))
     result = {
-        "manifest": str(manifest.root / pipeline.MANIFEST), "report": str(out / report.HTML), "out": str(out), "classes": told["classes"],
-        "split": told["split"], "content": manifest.content_hash(), "seconds": round(time.perf_counter() - started, 2),
-    }  # fmt: skip
+        "manifest": None if only_report else str(manifest.root / pipeline.MANIFEST),
+        "report": str(out / report.HTML),
+        "out": str(out),
+        "classes": told["classes"],
+        "split": told["split"],
+        "content": manifest.content_hash(),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
     runs.write_result(out, result)
     return result
 

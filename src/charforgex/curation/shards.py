@@ -250,6 +250,10 @@ class Findings(Sequence[Finding]):
         number, place = self._place(index)
         return self._shard(number)[place]
 
+    def only(self, indices: Sequence[int]) -> Sequence[Finding]:
+        """Some of them, read when asked for, too."""
+        return Chosen(self, indices)
+
     def _array(self, number: int, name: str) -> np.ndarray:
         return np.load(self.folders[number] / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
@@ -290,3 +294,14 @@ class Findings(Sequence[Finding]):
 def plain(settings: Any) -> dict[str, Any]:
     """A dataclass of settings as JSON has it."""
     return json.loads(json.dumps(asdict(settings), default=str))
+
+
+class Chosen(Sequence[Finding]):
+    def __init__(self, findings: Findings, indices: Sequence[int]):
+        self.findings, self.indices = findings, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Finding:
+        return self.findings[self.indices[place]]

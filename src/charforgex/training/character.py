@@ -90,13 +90,14 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         check_compiler(device)
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
+    source, val_count = curated(job)
     settings = job.settings = with_trigger(settings, character.trigger)
     word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
     data = bind(
         CharacterData,
-        data_options(cfg),
+        data_options(cfg) | {"val_count": val_count},
         "data",
-        source=character.source,
+        source=source,
         trigger=character.trigger,
         class_word=class_of(character.trigger, cfg.data.class_word) if objective.prior_weight else None,
         cache=Path(cfg.cache_dir),
@@ -179,6 +180,25 @@ def find_character(cfg: DictConfig, run_dir: Path) -> Character:
     if not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
         write_character(folder, int(number), DEMO_PICTURES)
     return Character(folder, trigger_of(int(number)), others or source)
+
+
+def curated(job: Job) -> tuple[Path, int | None]:
+    """What is trained on, and how many pictures of it are held out where it does not say so itself: the manifest that curation makes of a
+    folder, else the source as it is."""
+    cfg, source = job.cfg, job.character.source
+    val_count = cfg.data.val_count
+    if "curation" not in cfg or not source.is_dir():
+        return source, val_count
+    from charforgex.curation.run import Source, make_dataset
+    from charforgex.curation.settings import CurationSettings
+
+    settings = bind(CurationSettings, cfg.curation, "curation")
+    if val_count is not None:
+        settings = replace(settings, split=replace(settings.split, val=val_count))
+    if str(cfg.data.source).startswith(DEMO) and settings.captions.backend == "sidecar":
+        settings = replace(settings, captions=replace(settings.captions, backend="charworld"))
+    made = make_dataset(Source(str(source), job.character.trigger), settings, job.run_dir / "dataset", Path(cfg.cache_dir), job.console)
+    return Path(made["manifest"]), None
 
 
 def with_trigger(settings: Settings, trigger: str | None) -> Settings:

@@ -67,6 +67,10 @@ def check(cfg: DictConfig) -> Settings:
     objective = bind(Objective, cfg.loss, "loss")
     if cfg.data.class_word is not None and not objective.prior_weight:
         raise ConfigError(f"data.class_word={cfg.data.class_word} has no effect with loss.prior_weight=0; set loss.prior_weight=1.")
+    if "curation" in cfg:
+        from charforgex.curation.settings import CurationSettings
+
+        bind(CurationSettings, cfg.curation, "curation")
     if "pretrain" in cfg:
         refuse_for_pretraining(cfg)
     refuse_together(settings, pretraining="pretrain" in cfg)
@@ -171,7 +175,7 @@ def state_of(run_dir: Path) -> str:
         return "finished"
     if (run_dir / "config.yaml").exists():
         return "interrupted"
-    made_before_config = {"pictures"}  # a run killed in its first second
+    made_before_config = {"pictures", "dataset"}  # a run killed in its first second
     strangers = {path.name for path in run_dir.iterdir()} - made_before_config if run_dir.exists() else set()
     return "foreign" if strangers else "new"
 
