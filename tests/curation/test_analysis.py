@@ -49,8 +49,8 @@ def test_vendi_of_weights_is_that_of_copies():
 
 
 def test_both_ways_to_the_eigenvalues_agree():
-    wide, tall = RNG.normal(size=(6, 20)), RNG.normal(size=(20, 6))
-    for features in (wide, tall):
+    for shape in ((6, 20), (20, 6), (1500, 3)):
+        features = RNG.normal(size=shape)
         unit = features / np.linalg.norm(features, axis=1, keepdims=True)
         assert vendi(features) == pytest.approx(vendi_of_kernel(unit @ unit.T))
 

@@ -37,15 +37,15 @@ ADD = {
     },
 }  # fmt: skip
 REMEDIES = {
-    "blurred": "give sharper ones, or lower quality.min_sharpness if they look sharp to you",
-    "exposure": "give better lit ones, or loosen the limits of exposure in quality",
-    "noisy": "give cleaner ones, or raise quality.max_noise",
+    "blurred": "give sharper ones, or lower curation.quality.min_sharpness if they look sharp to you",
+    "exposure": "give better lit ones, or loosen curation.quality.max_dark and its like",
+    "noisy": "give cleaner ones, or raise curation.quality.max_noise",
     "compressed": "give the originals instead of copies that were sent around",
     "marked": "give ones without watermark, text or frame",
-    "too_small": "give the originals, or lower quality.min_side",
-    "no_face": "give ones that show the face, or another detector with faces.detector",
+    "too_small": "give the originals, or lower curation.quality.min_side",
+    "no_face": "give ones that show the face, or another detector with curation.faces.detector",
     "several_people": "give ones with the character alone",
-    "wrong_person": "look whether it is the right folder, and set people.references if it is",
+    "wrong_person": "look whether it is the right folder, and set curation.people.references if it is",
 }
 
 
@@ -66,7 +66,7 @@ def recommend(
     ]
     if uncaptioned:
         count = analysis["num_pictures"]
-        text = f"{uncaptioned} of {count} pictures have no caption: name a captioner with captions.backend, or write them."
+        text = f"{uncaptioned} of {count} pictures have no caption: name a captioner with curation.captions.backends, or write them."
         advice.append(_piece(text, 0.9 * uncaptioned / count, "captions", uncaptioned=uncaptioned, pictures=count))
     return sorted(advice, key=lambda piece: -piece["weight"])
 
@@ -82,12 +82,10 @@ def _number(analysis: Mapping[str, Any], settings: AnalysisSettings) -> list[dic
     if count < settings.least:
         text = f"{_pictures(count)} kept: a character wants {settings.least} or more, so add {settings.least - count}."
         return [_piece(text, 1 - 0.5 * count / settings.least, "number", pictures=count, least=settings.least)]
-    if size and size["enough"] and size["n_interval"][0] > count:
+    if size and size["enough"] and size["n_interval"][0] > size["have"]:
         low, high = size["n_interval"]
-        text = (
-            f"About {size['n']} such pictures ({low} to {high}) would show {size['share']:.0%} of the variety there is; {count} are kept."
-        )
-        return [_piece(text, 0.4, "number", pictures=count, n=size["n"], interval=[low, high])]
+        text = f"About {size['n']} such pictures ({low} to {high}) would show {size['share']:.0%} of the variety; {size['have']} are kept."
+        return [_piece(text, 0.4, "number", pictures=size["have"], n=size["n"], interval=[low, high])]
     return []
 
 
@@ -139,7 +137,8 @@ def _one(question: str, answer: str) -> str:
 
 
 def _variety(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    score, count = analysis["diversity"].get("vendi"), analysis["num_pictures"]
+    score = analysis["diversity"].get("vendi")
+    count = analysis["size"]["have"] if analysis["size"] else 0
     if score is None or count < KNOWN or score >= ALIKE:
         return []
     text = f"{count} pictures amount to {score:.1f} different ones: they are nearly all alike; add other places, poses and clothes."

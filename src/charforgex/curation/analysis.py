@@ -22,6 +22,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BINS = 24
 EXACT = 50_000  # outcomes that are still enumerated
 DRAWS = 9_999
+BLOCK = 4096  # pictures at a time
 Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
@@ -39,12 +40,12 @@ class AnalysisSettings:
         options = ANSWERS | {question: tuple(answers) for question, answers in self.labels.items()}
         for question, shares in self.wished.items():
             if question not in options:
-                raise ConfigError(not_among(f"analysis.wished.{question}", question, list(options)))
+                raise ConfigError(not_among(f"curation.analysis.wished.{question}", question, list(options)))
             for answer in shares:
                 if answer not in options[question]:
-                    raise ConfigError(not_among(f"analysis.wished.{question}.{answer}", answer, options[question]))
+                    raise ConfigError(not_among(f"curation.analysis.wished.{question}.{answer}", answer, options[question]))
             if len(shares) < 2:
-                raise ConfigError(f"analysis.wished.{question} names {len(shares)} answer; give shares of two or more of them.")
+                raise ConfigError(f"curation.analysis.wished.{question} names {len(shares)} answer; give shares of two or more of them.")
 
 
 class Limit(NamedTuple):
@@ -136,10 +137,21 @@ def vendi(features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> float
     exp of the entropy of the eigenvalues of diag(p)^1/2 K diag(p)^1/2, p = 1 / N or `weights_N` normalised (their probability-weighted
     form). Exact at any N: where N > D, the same eigenvalues come from the D x D matrix.
     """
-    unit = np.asarray(features_ND, np.float64)
-    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
-    scaled = unit * np.sqrt(_probabilities(len(unit), weights_N))[:, None]
-    return _effective(np.linalg.eigvalsh(scaled.T @ scaled if len(unit) > unit.shape[1] else scaled @ scaled.T))
+    count, width = features_ND.shape
+    chances = _probabilities(count, weights_N)
+    if count <= width:
+        scaled = _unit(features_ND) * np.sqrt(chances)[:, None]
+        return _effective(np.linalg.eigvalsh(scaled @ scaled.T))
+    matrix = np.zeros((width, width))
+    for start in range(0, count, BLOCK):
+        unit = _unit(features_ND[start : start + BLOCK])
+        matrix += (unit * chances[start : start + BLOCK, None]).T @ unit
+    return _effective(np.linalg.eigvalsh(matrix))
+
+
+def _unit(features_ND: np.ndarray) -> np.ndarray:
+    exact = np.asarray(features_ND, np.float64)
+    return exact / np.linalg.norm(exact, axis=1, keepdims=True)
 
 
 def vendi_of_kernel(kernel_NN: np.ndarray, weights_N: np.ndarray | None = None) -> float:

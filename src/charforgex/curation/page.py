@@ -195,14 +195,14 @@ def _answers(question: str, covered: Mapping[str, Any], tested: Mapping[str, Any
 
 
 def _variety(score: float, analysis: Mapping[str, Any]) -> str:
-    told = f"{analysis['num_pictures']} pictures amount to <b>{score:.1f}</b> different ones (Vendi score)."
     size = analysis["size"]
-    if size and size["enough"]:
+    told = f"{size['have']} pictures amount to <b>{score:.1f}</b> different ones (Vendi score)."
+    if size["enough"]:
         low, high = size["n_interval"]
         told += f" {size['share']:.0%} of the variety of endlessly many such pictures is reached with {size['n']} ({low} to {high})."
-    elif size:
+    else:
         told += f' <span class="soft">How many would be enough cannot be told: {text(size["why"])}.</span>'
-    return f'<div class="card"><h3>Variety</h3><p class="small">{told}</p>{_curve(size) if size and len(size["sizes"]) > 1 else ""}</div>'
+    return f'<div class="card"><h3>Variety</h3><p class="small">{told}</p>{_curve(size) if len(size["values"]) > 1 else ""}</div>'
 
 
 def _curve(size: Mapping[str, Any], width: int = 320, height: int = 110) -> str:

@@ -35,9 +35,13 @@ class SplitSettings:
     def __post_init__(self):
         for name in ("val", "test"):
             if (size := getattr(self, name)) >= 1 and not float(size).is_integer():
-                raise ConfigError(f"split.{name}={size:g} is neither a share below 1 nor a whole number of pictures; try {round(size)}.")
+                raise ConfigError(
+                    f"curation.split.{name}={size:g} is neither a share below 1 nor a whole number of pictures; try {round(size)}."
+                )
         if self.val < 1 and self.test < 1 and self.val + self.test >= 1:
-            raise ConfigError(f"split.val={self.val:g} and split.test={self.test:g} leave nothing for training; keep their sum below 1.")
+            raise ConfigError(
+                f"curation.split.val={self.val:g} and curation.split.test={self.test:g} leave nothing for training; keep their sum below 1."
+            )
 
 
 class Part(NamedTuple):
@@ -93,7 +97,9 @@ def sizes(count: int, settings: SplitSettings) -> tuple[int, int]:
         size = getattr(settings, name)
         if size >= 1 and size > spare:
             held = f" beside {numbers[0]} in val" if numbers else ""
-            raise DataError(f"split.{name}={size:g} of {count} pictures: choose at most {spare}{held}, so that {MIN_TRAIN} can train.")
+            raise DataError(
+                f"curation.split.{name}={size:g} of {count} pictures: choose at most {spare}{held}, so that {MIN_TRAIN} can train."
+            )
         number = int(size) if size >= 1 else min(max(1, round(size * count)), spare) if size else 0
         numbers.append(number)
         spare -= number
