@@ -1,6 +1,6 @@
 """Frames of videos: the sharpest of each scene, some seconds apart.
 
-A video is decoded twice: first every frame is scored and forgotten, then the chosen ones are turned into pictures, one at a time. One
+A video is decoded twice: first its frames are scored and forgotten, then the chosen ones are turned into pictures, one at a time. One
 thread does it, so that the same file always gives the same frames. Needs PyAV, the extra `video`.
 """
 
@@ -28,6 +28,7 @@ OPTIONS = {
     "protocol_whitelist": "file",
 }
 TIMEOUT = 30.0  # seconds for the file system to answer
+LOOKS = 12  # frames per second that are judged: between two of them little changes
 LOOK = 640  # pixels of the longer side at which sharpness is judged
 SMALL = 96  # the same, for scenes
 FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
@@ -58,13 +59,14 @@ def items(path: Path, name: str, settings: VideoSettings, max_pixels: int) -> It
     seen = Scores()
     try:
         for time, frame, _ in decoded(path, settings, max_pixels, seen.problems):
-            seen.add(time, frame, settings.scene)
+            seen.look(time, frame, settings.scene)
     except Unusable as error:
         yield Item(name, verdict=verdict_of(error))
         return
     # What was being decoded when the file broke off may be half a picture.
     whole = len(seen.times) - any(problem.kind == "corrupt" for problem in seen.problems)
-    chosen = choose(seen.times[:whole], seen.sharpness[:whole], seen.scenes[:whole], settings)
+    best = choose(seen.times[:whole], seen.sharpness[:whole], seen.scenes[:whole], settings)
+    chosen = {seen.indices[place] for place in best}
     last, end = -1.0, max(chosen, default=-1)
     for index, (time, frame, aspect) in enumerate(decoded(path, settings, max_pixels, []) if chosen else ()):
         if index in chosen:
@@ -166,8 +168,10 @@ def _said(error: Exception) -> str:
 
 @dataclass
 class Scores:
-    """A few numbers of every frame, and what is needed of the ones before to tell where a scene ends."""
+    """A few numbers of each frame that is looked at, and what is needed of the ones before to tell where a scene ends."""
 
+    count: int = 0
+    indices: array = field(default_factory=lambda: array("l"))
     times: array = field(default_factory=lambda: array("d"))
     sharpness: array = field(default_factory=lambda: array("d"))
     scenes: array = field(default_factory=lambda: array("l"))
@@ -181,9 +185,12 @@ class Scores:
         self.before: View | None = None
         self.first: View | None = None
 
-    def add(self, time: float, frame: av.VideoFrame, threshold: float) -> None:
+    def look(self, time: float, frame: av.VideoFrame, threshold: float) -> None:
         import cv2
 
+        self.count += 1
+        if self.times and 0 <= time - self.times[-1] < 1 / LOOKS - 0.001:
+            return
         grey = self.large.reformat(frame, *_fit(frame, LOOK), format="gray", threads=1).to_ndarray()
         view = View.of(self.small.reformat(frame, *_fit(frame, SMALL), format="rgb24", threads=1).to_ndarray())
         scene = self.scenes[-1] if self.scenes else 0
@@ -192,6 +199,7 @@ class Scores:
         elif time - self.began >= SHORTEST and (view.differs(self.before) > threshold or view.drifted(self.first) > threshold + 0.2):
             scene, self.first, self.began = scene + 1, view, time
         self.before = view
+        self.indices.append(self.count - 1)
         self.times.append(time)
         self.sharpness.append(cv2.Laplacian(grey, cv2.CV_32F).var())
         self.scenes.append(scene)
@@ -200,7 +208,7 @@ class Scores:
         if not self.times:
             problem = self.problems[0] if self.problems else Problem("corrupt", "no picture in it can be decoded")
             return Verdict(*problem)
-        used = f"{chosen} of {len(self.times)} frames are used, scenes: {self.scenes[-1] + 1}"
+        used = f"{chosen} of {self.count} frames are used, scenes: {self.scenes[-1] + 1}"
         return Verdict(self.problems[0].kind, f"{self.problems[0].reason}; {used}") if self.problems else Verdict("container", used)
 
 
@@ -210,7 +218,7 @@ def _fit(frame: av.VideoFrame, side: int) -> tuple[int, int]:
 
 
 class View(NamedTuple):
-    """What a small frame looks like: a histogram of 8 x 8 x 8 colours that adds up to 1, and where its edges are."""
+    """What a small frame looks like: histograms of 8 x 8 x 8 colours of its quarters, that add up to 1, and its edges."""
 
     colours: np.ndarray
     edges: np.ndarray
@@ -221,12 +229,17 @@ class View(NamedTuple):
         import cv2
         import numpy as np
 
-        colours = cv2.calcHist([pixels], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() / (pixels.shape[0] * pixels.shape[1])
+        quarters = [part for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, axis=1)]
+        counts = [
+            cv2.calcHist([np.ascontiguousarray(part)], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() if part.size else np.zeros(512)
+            for part in quarters
+        ]
+        colours = np.concatenate(counts) / (pixels.shape[0] * pixels.shape[1])
         edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 60, 160) > 0
         return View(colours, edges, cv2.dilate(edges.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)
 
     def drifted(self, other: View) -> float:
-        """Share of the pixels whose colour is another now."""
+        """Share of the pixels whose colour is another now, or in another quarter."""
         import numpy as np
 
         return float(1 - np.minimum(self.colours, other.colours).sum())
