@@ -127,3 +127,12 @@ def test_all_of_it_is_json():
 def test_wishes_that_nothing_answers(wished, message):
     with pytest.raises(ConfigError, match=message):
         AnalysisSettings(wished=wished)
+
+
+def test_questions_need_a_clip_that_knows_the_words():
+    from charforgex.curation.settings import CurationSettings
+
+    asked = AnalysisSettings(labels={"glasses": {"none": ("",), "glasses": ("with glasses",)}})
+    with pytest.raises(ConfigError, match=r"curation\.clip=charworld knows no such words"):
+        CurationSettings(analysis=asked)
+    assert CurationSettings(analysis=asked, clip="openai/clip-vit-base-patch32").analysis == asked

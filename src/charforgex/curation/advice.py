@@ -66,7 +66,7 @@ def recommend(
     ]
     if uncaptioned:
         count = analysis["num_pictures"]
-        text = f"{uncaptioned} of {count} pictures have no caption: name a captioner with curation.captions.backends, or write them."
+        text = f"{uncaptioned} of {count} pictures have no caption: name a captioner with curation.captions.backend, or write them."
         advice.append(_piece(text, 0.9 * uncaptioned / count, "captions", uncaptioned=uncaptioned, pictures=count))
     return sorted(advice, key=lambda piece: -piece["weight"])
 

@@ -359,10 +359,10 @@ def tell(
     for index in range(len(findings)):
         if findings[index].scores:
             (rest if index in decided.verdicts else kept).add(findings[index].scores)
-    features = vectors_of(findings, [row["index"] for row in shown])
+    features = vectors_of(findings, list(dict.fromkeys(row["index"] for row in shown)))
     analysed = analysis.analyse(
         known, features, kept.arrays(), rest.arrays(), analysis.limits(settings.quality), settings.analysis,
-        facts.answers() if guesses else facts.ANSWERS,
+        facts.answers(labels(settings)) if guesses else facts.ANSWERS,
     )  # fmt: skip
     classes = counts(findings, decided)
     uncaptioned = sum(not record.captions for record in records.values())
@@ -403,7 +403,11 @@ def guessed(findings: Findings, shown: Sequence[Mapping[str, Any]], settings: Cu
     from charforgex.embedders import get_clip
 
     clip = get_clip(settings.clip)
-    return facts.zero_shot(features, facts.label_vectors(clip), clip.scale)
+    return facts.zero_shot(features, facts.label_vectors(clip, labels(settings)), clip.scale)
+
+
+def labels(settings: CurationSettings) -> facts.Labels:
+    return {**facts.LABELS, **settings.analysis.labels}
 
 
 def small_copy(findings: Findings, row: Mapping[str, Any]) -> np.ndarray | None:

@@ -18,6 +18,7 @@ from charforgex.curation.ingest import IngestSettings
 from charforgex.curation.people import PeopleSettings
 from charforgex.curation.quality import QualitySettings
 from charforgex.curation.split import SplitSettings
+from charforgex.errors import ConfigError
 
 Positive = Annotated[int, Range(at_least=1)]
 
@@ -56,6 +57,13 @@ class CurationSettings:
     sbatch: tuple[str, ...] = ()
     manifest: Literal["jsonl", "parquet"] = "jsonl"
     webdataset: bool = False
+
+    def __post_init__(self):
+        if self.analysis.labels and self.clip in (None, "charworld"):
+            raise ConfigError(
+                f"curation.analysis.labels has questions for a CLIP of yours, and curation.clip={self.clip or 'null'} knows no such words; "
+                "set it to openai/clip-vit-large-patch14 or a folder, or leave the labels empty."
+            )
 
     def scan(self) -> ScanSettings:
         return ScanSettings(self.ingest, self.faces, self.embedder, self.clip)
