@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from charforgex.curation.captions.base import Context, get_captioner
 from charforgex.curation.captions.cache import Job, caption_all
+from charforgex.curation.captions.chat import answer
+from charforgex.curation.captions.conversation import Answer
 from charforgex.curation.captions.loading import load_processor
 from charforgex.curation.captions.settings import CaptionSettings
 from charforgex.errors import ConfigError, ModelError
@@ -86,8 +88,8 @@ def test_the_prompt_is_the_chat_templates_and_later_turns_hold_earlier_answers(s
     assert captioner.prompt(said) == f"<|user|>{picture}Who is it?<|assistant|>A man.<|user|>Where?<|assistant|>"
 
     asked = []
-    answer = captioner._answer
-    captioner._answer = lambda shown, conversations: asked.append([list(one) for one in conversations]) or answer(shown, conversations)
+    ask = captioner._answer
+    captioner._answer = lambda shown, conversations: asked.append([list(one) for one in conversations]) or ask(shown, conversations)
     captioner.caption(pictures[:2], CONTEXTS[:2])
     first, second = asked
     assert first == [[("user", "Who is it?")]] * 2
@@ -99,7 +101,7 @@ def test_the_prompt_is_the_chat_templates_and_later_turns_hold_earlier_answers(s
     ]
 
 
-def test_the_tokens_behind_a_prompt_are_the_answer_in_float32_and_bfloat16(sources, pictures):
+def test_bfloat16_is_another_captioner(sources, pictures):
     captioner = get_captioner(settings("qwen3vl", sources("qwen3vl"), dtype="bfloat16"))
     assert captioner.caption(pictures, CONTEXTS) and captioner._loaded[0].dtype == torch.bfloat16
     assert captioner.name != get_captioner(settings("qwen3vl", sources("qwen3vl"))).name
@@ -137,6 +139,14 @@ def test_a_model_that_only_writes_is_refused(pictures, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ModelError, match="a gpt2 does not talk about pictures"):
         get_captioner(settings("chat", str(tmp_path))).caption(pictures[:1], CONTEXTS[:1])
+
+
+def test_an_answer_ends_where_the_model_ends_it_and_a_prompt_may_open_the_thinking():
+    tokenizer = tiny.byte_tokenizer(["<|box|>"])
+    ids = tokenizer("<|box|>A man, 1 < 2.").input_ids
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert answer(tokenizer, torch.tensor([*ids, end, pad]), [end]) == Answer("A man, 1 < 2.", True)
+    assert answer(tokenizer, torch.tensor(ids), end, "Who is it?<think>\n") == Answer("<think>A man, 1 < 2.", False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there may be nothing to refuse")
