@@ -5,7 +5,6 @@ A box is (left, top, right, bottom) in pixels of the picture. `plan` only reckon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -70,8 +69,9 @@ def plan(
         if face is None and framing != "full":
             continue
         wanted = _wanted(framing, face, head, subject, limits)
-        fitted = [_fit(wanted, needed, limits, ratio) for needed in (head, face and face.box) for ratio in settings.ratios]
-        best = min((box for box in fitted if box), key=lambda box: _cost(box, wanted), default=None)
+        best = _best(wanted, head, limits, settings.ratios)
+        if best is None and face is not None:  # the head fills the picture, and no ratio is the picture's: its hair has to give
+            best = _best(wanted, face.box, limits, settings.ratios)
         cut = best and _sized(framing, best, settings)
         if cut and not any(_alike(cut.box, other.box) for other in cuts):
             cuts.append(cut)
@@ -114,6 +114,11 @@ def _wanted(framing: str, face: Face | None, head: Box | None, subject: Box | No
     return _meet(_join(around, head), limits)
 
 
+def _best(wanted: Box, needed: Box | None, limits: Box, ratios: Sequence[float]) -> Box | None:
+    fitted = (_fit(wanted, needed, limits, ratio) for ratio in ratios)
+    return min((box for box in fitted if box), key=lambda box: _cost(box, wanted), default=None)
+
+
 def _fit(wanted: Box, needed: Box | None, limits: Box, ratio: float) -> Box | None:
     """The smallest box of `ratio` (width over height) that shows `wanted`, smaller where `limits` are; None if `needed` does not fit.
 
@@ -142,17 +147,14 @@ def _cost(box: Box, wanted: Box) -> float:
 
 def _sized(framing: Framing, box: Box, settings: CropSettings) -> Cut | None:
     """In whole pixels, or None if that is too small."""
-    width, height = math.floor(box[2] - box[0] + 1e-6), math.floor(box[3] - box[1] + 1e-6)
-    if min(width, height) < 1:
+    left, top, right, bottom = (round(edge) for edge in box)
+    size, least = (right - left, bottom - top), settings.min_side
+    if min(size) < 1 or (min(size) < least and not settings.upscale):
         return None
-    left, top = math.floor(box[0] + 1e-6), math.floor(box[1] + 1e-6)
-    size, least = (width, height), settings.min_side
     if min(size) < least:
-        if not settings.upscale:
-            return None
         scale = least / min(size)
-        size = max(least, round(width * scale)), max(least, round(height * scale))
-    return Cut(framing, (left, top, left + width, top + height), size)
+        size = max(least, round(size[0] * scale)), max(least, round(size[1] * scale))
+    return Cut(framing, (left, top, right, bottom), size)
 
 
 def cut(picture: Image.Image, cut: Cut) -> Image.Image:
