@@ -57,6 +57,9 @@ class CaptionSettings:
     character: Annotated[float, Range(above=0, at_most=1)] = 1.0
     begin: str | None = "sidecar"
     flavours: Annotated[int, Range(at_least=0, at_most=32)] = 8
+    weights: dict[str, Annotated[float, Range(at_least=0)]] = field(default_factory=dict)
+    scorer: str | None = None
+    clip_share: Annotated[float, Range(at_least=0, at_most=1)] = 0.5
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -79,6 +82,7 @@ class CaptionSettings:
         if "interrogator" in self.backends and self.begin == "interrogator":
             raise ConfigError("captions.begin=interrogator would begin with itself; use sidecar, a captioner, or null.")
         self._refuse_unused()
+        self._check_ensemble()
         self._check_sources()
         if "any" not in self.turns or not all(self.turns.values()):
             raise ConfigError(
@@ -94,6 +98,17 @@ class CaptionSettings:
                 users = ", ".join(backend for backend, uses in USES.items() if name in uses)
                 said = f"captions.{name}={value} has an effect only in {users}; captions.backend is {', '.join(self._all)}"
                 raise ConfigError(f"{said}. Leave it out, or choose one of these.")
+
+    def _check_ensemble(self) -> None:
+        alone = len(self.backends) == 1
+        for name in ("weights", "scorer", "clip_share"):
+            useless = alone or (name == "clip_share" and self.scorer is None)
+            if useless and (value := getattr(self, name)) != default(name):
+                need = "several of captions.backend" if alone else "captions.scorer"
+                raise ConfigError(f"captions.{name}={value} has an effect only with {need}; leave it out.")
+        for backend in self.weights:
+            if backend not in self.backends:
+                raise ConfigError(f"captions.weights.{backend} is read by nothing; captions.backend is {', '.join(self.backends)}.")
 
     def _check_sources(self) -> None:
         takers = [backend for backend in self._all if "source" in USES[backend]]
