@@ -26,7 +26,7 @@ PICTURE = frozenset({"picture"})
 
 
 class File(NamedTuple):
-    """`classes`: what its own item may be, by the end of the name of every item it gives; the key "" is the file itself."""
+    """`classes`: what each item that it gives may be, by how the item's name ends; "" is the file itself, "?" any other item."""
 
     name: str
     data: bytes

@@ -11,7 +11,7 @@ import posixpath
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from charforgex.curation.items import Verdict
 from charforgex.curation.pictures import SUFFIXES, measure_picture, verdict_of
@@ -30,9 +30,9 @@ def printable(path: str | Path) -> str:
 
 def leads_out(relative: str) -> bool:
     """Whether a path may name something outside of the folder it is meant to be relative to, on any system."""
-    pure = PurePosixPath(relative)
-    odd = not relative or "\0" in relative or "\\" in relative
-    return odd or pure.is_absolute() or bool(PureWindowsPath(relative).drive) or ".." in pure.parts
+    if not relative or relative[0] == "/" or "\0" in relative or "\\" in relative or ".." in relative.split("/"):
+        return True
+    return relative[1:2] == ":" and relative[0].isascii() and relative[0].isalpha()  # a drive
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
@@ -55,17 +55,18 @@ def walk(root: Path, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Ver
     Linked folders are not followed, names that begin with a dot are passed over, and so are the absolute paths in `leave_out`.
     """
     try:
-        waiting = [_listing(str(root))]
+        waiting = [("", _listing(str(root)))]
     except OSError as error:
         raise DataError(f"The folder {root} cannot be read: {error.strerror}.") from error
     while waiting:
-        entry = next(waiting[-1], None)
+        prefix, listing = waiting[-1]
+        entry = next(listing, None)
         if entry is None:
             waiting.pop()
             continue
         if entry.name.startswith(".") or entry.path in leave_out:
             continue
-        relative = os.path.relpath(entry.path, root).replace(os.sep, "/")
+        relative = prefix + entry.name
         if not os.path.isdir(entry.path):  # unlike the entry's own is_dir, says no to a loop of links
             yield relative, None
         elif entry.is_symlink():
@@ -74,7 +75,7 @@ def walk(root: Path, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Ver
             if suffix_of(entry.name).lower() in SUFFIXES:
                 yield relative, Verdict("unsupported", "it is a folder, not a picture; pictures inside are used")
             try:
-                waiting.append(_listing(entry.path))
+                waiting.append((f"{relative}/", _listing(entry.path)))
             except OSError as error:
                 yield relative, Verdict("unsupported", f"the folder cannot be read: {error.strerror}")
 

@@ -144,7 +144,7 @@ def _refusal(root: Path, name: str) -> Verdict | None:
         return Verdict("unsupported", "its name is not valid UTF-8; rename it")
     if leads_out(name):
         return Verdict("unsupported", "its name has a backslash or reads as a drive; rename it")
-    if os.path.islink(root / name):
+    if os.path.islink(f"{root}/{name}"):
         try:
             if not resolve_inside(root, name).exists():
                 return Verdict("unsafe", "it is a link that leads nowhere; copy the file here")
@@ -169,7 +169,7 @@ def _stamps(root: Path, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     stamps = []
     for name in names:
         try:
-            status = os.stat(root / name)
+            status = os.stat(f"{root}/{name}")
         except OSError:  # gone or forbidden: reading it will tell
             stamps.append((0, 0))
         else:
