@@ -128,8 +128,8 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
         for written in (file, shown):
             written.flush()
             os.fsync(written.fileno())
-    _save(folder / "faces.npy", np.array(faces, np.float32).reshape(len(faces), -1))
-    _save(folder / "pictures.npy", np.array(pictures, np.float32).reshape(len(pictures), -1))
+    _save(folder / "faces.npy", np.array(faces, np.float32) if faces else np.zeros((0, 0), np.float32))
+    _save(folder / "pictures.npy", np.array(pictures, np.float32) if pictures else np.zeros((0, 0), np.float32))
     _save(folder / "thumbnails.npy", np.array(thumbnails, np.uint8).reshape(-1, duplicates.SIDE, duplicates.SIDE, 3))
     _save(folder / "previews.npy", np.array(previews, np.int64))
 
