@@ -67,6 +67,23 @@ def test_pixels_go_through_pillow(kind, sources):
     assert processor.tokenizer.padding_side == "left"
 
 
+def test_files_as_hubs_have_them_name_torchvisions_classes_and_videos(sources, pictures, tmp_path):
+    for file in Path(sources("qwen3vl")).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    images = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    files = {
+        "preprocessor_config.json": images | {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"},
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor"},
+        "chat_template.json": {"chat_template": (tmp_path / "chat_template.jinja").read_text()},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (tmp_path / name).unlink()
+    said = [get_captioner(settings("qwen3vl", source)).caption(pictures, CONTEXTS) for source in (str(tmp_path), sources("qwen3vl"))]
+    assert said[0] == said[1]
+
+
 def test_what_is_cached_needs_no_model(sources, pictures, tmp_path):
     chat = settings("qwen3vl", sources("qwen3vl"), max_tokens=4)
     jobs = [Job(f"{n:064x}", lambda n=n: pictures[n], CONTEXTS[n]) for n in range(3)]
