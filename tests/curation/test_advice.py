@@ -29,6 +29,11 @@ def test_close_ups():
     assert advice["topic"] == "framing" and advice["weight"] == pytest.approx(0.72)
 
 
+def test_plain_light_is_no_fault():
+    assert advise(lighting=["even"] * 30, pitch=["level"] * 30) == []
+    assert advise(lighting=["dark"] * 30)[0]["text"].startswith("30 of 30 pictures are lit alike, dark: add “")
+
+
 def test_unknown_answers_are_no_evidence():
     assert advise(framing=["close-up"] * 7 + [UNKNOWN] * 23) == []
 

@@ -15,6 +15,7 @@ ALIKE = 1.5  # a Vendi score below which a set is nearly one picture
 
 # Question -> how much a one-sided answer hurts, 0 to 1. What is not here is the character's own (hair) or harmless (colour).
 WEIGHTS = {"framing": 0.9, "background": 0.8, "expression": 0.75, "yaw": 0.7, "garment": 0.65, "lighting": 0.5, "pitch": 0.2}
+PLAIN = {("lighting", "even"), ("pitch", "level")}  # what may be so in all pictures
 SHOW = {
     "framing": {
         "close-up": "are close-ups", "portrait": "are portraits", "upper body": "show the upper body", "full": "show the whole body",
@@ -103,7 +104,7 @@ def _composition(analysis: Mapping[str, Any], settings: AnalysisSettings) -> lis
             advice += _unlike_the_wish(question, counts, analysis["bias"].get(question))
         elif question in WEIGHTS and known >= KNOWN:
             most = max(counts, key=lambda answer: counts[answer])
-            if counts[most] >= settings.dominant * known:
+            if counts[most] >= settings.dominant * known and (question, most) not in PLAIN:
                 text = f"{counts[most]} of {known} pictures {_shows(question, most)}: add {_missing(question, counts, most)}."
                 advice.append(_piece(text, WEIGHTS[question] * counts[most] / known, question, counts=dict(counts), known=known))
     return advice
