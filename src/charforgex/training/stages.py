@@ -259,13 +259,15 @@ def copy_clips(out: Path, write: Callable[[nn.Module, Path], None]) -> None:
     write(small, out / "sd3/text_encoder")
     write(CLIPTextModel.from_pretrained(ROOT / "sdxl/text_encoder_2", **load), out / "flux/text_encoder")
     shutil.copytree(ROOT / "sdxl/text_encoder_2", out / "sd3/text_encoder_2", dirs_exist_ok=True)
-    for source, copied in (("text_encoder", "sd3/text_encoder"), ("text_encoder_2", "flux/text_encoder")):
-        for name in ("provenance.json", "LICENSE"):
-            shutil.copyfile(ROOT / "sdxl" / source / name, out / copied / name)
     tokens = models.tokenizer()
     tokens.model_max_length = models.SHORT
     for folder in ("flux/tokenizer", "sd3/tokenizer", "sd3/tokenizer_2"):
         tokens.save_pretrained(out / folder)
+    origins = {"sd3/text_encoder": "text_encoder", "flux/text_encoder": "text_encoder_2"}
+    origins |= dict.fromkeys(("flux/tokenizer", "sd3/tokenizer", "sd3/tokenizer_2"), "tokenizer")
+    for copied, source in origins.items():
+        for name in ("provenance.json", "LICENSE"):
+            shutil.copyfile(ROOT / "sdxl" / source / name, out / copied / name)
 
 
 class T5Module(Pretraining):
