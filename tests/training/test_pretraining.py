@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import charforgex
-from charforgex.charworld.assets import ROOT, load_judge
+from charforgex.charworld.assets import ROOT, load_captioner, load_clip, load_judge
+from charforgex.charworld.captioner import describe
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.parts import component_class
@@ -42,6 +43,17 @@ def test_text(folder):
     result = train(folder, "text")
     assert {"caption_finds_picture", "pooled_attributes", "image_attributes"} <= set(result["measures"])
     assert (folder / "text/weights/sdxl/text_encoder_2/model.safetensors").is_file()
+
+
+def test_captioner_begins_with_clips_eye_and_loads_as_the_package_loads_it(folder):
+    result = train(folder, "captioner")
+    assert 0 <= result["measures"]["attributes"] <= 1 and len(result["measures"]) > 10
+    model, tokens = load_captioner(folder / "captioner/weights")
+    before, after = load_clip()[0].vision_model.state_dict(), model.encoder.state_dict()
+    differences = [(before[name] - after[name]).abs().max().item() for name in before]
+    assert 0 < max(differences) < 0.2
+    assert len(describe(model, tokens, torch.zeros(2, 3, 64, 64))) == 2
+    assert provenance(result, "captioner")["pictures_seen"] == 16
 
 
 def test_base_goes_on_from_the_embedded_one_and_loads_like_any(folder):

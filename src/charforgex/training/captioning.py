@@ -97,7 +97,7 @@ class CaptionModule(Pretraining):
         return 5 * loss + attribute_losses(self.network.heads(out.encoder_last_hidden_state.mean(1)), shown)
 
     @torch.no_grad()
-    def measure(self, bank: RenderedBank, count: int = 512) -> dict[str, float]:
+    def measure(self, bank: RenderedBank, count: int = 256) -> dict[str, float]:
         """Of `count` pictures as they are, how many captions say each attribute right, the mean over attributes, and whole captions."""
         parts = pixels_of(bank, range(count)).split(64)
         said = [text for part in parts for text in captioner.describe(self.network.model, self.network.tokens, part)]
