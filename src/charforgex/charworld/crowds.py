@@ -17,7 +17,7 @@ DRAWN = 80  # of the characters before they are scaled
 SMALLEST = 8.0  # of a face's height in pixels
 SEEN = 0.6  # of a face's box inside the picture; of less than that no answer is wrong, down to `GONE`
 GONE = 0.2
-BACKGROUNDS = 48
+BACKGROUNDS = 200  # of each sort
 
 
 class Crowd(NamedTuple):
@@ -70,6 +70,41 @@ def _noise(number: int) -> Image.Image:
     return Image.fromarray(field.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
+@cache
+def _leaves(number: int) -> Image.Image:
+    """Textured and shaded ovals and boxes of all sizes, each hiding those before it: what photographs of things have in common
+    (dead leaves, Lee et al. 2001).
+    """
+    rng = random.Random(f"leaves/{number}")
+    picture = _noise(number).copy()
+    for _ in range(rng.randint(20, 160)):
+        extent = [min(SIZE, 4 * rng.random() ** -0.7 * rng.uniform(0.5, 2)) for _ in range(2)]
+        left, top = (int(rng.uniform(-extent[k] / 2, SIZE - extent[k] / 2)) for k in range(2))
+        size = max(2, int(extent[0])), max(2, int(extent[1]))
+        leaf = _noise(rng.randrange(BACKGROUNDS)).resize(size, box=(0, 0, SIZE * rng.uniform(0.1, 1), SIZE * rng.uniform(0.1, 1)))
+        light = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(size)
+        tint = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
+        leaf = Image.composite(Image.blend(leaf, tint, rng.uniform(0.2, 1)), Image.blend(leaf, tint, 0.5).point(lambda v: v // 2), light)
+        mask = Image.new("L", size)
+        getattr(ImageDraw.Draw(mask), rng.choice(("ellipse", "rectangle")))((0, 0, size[0] - 1, size[1] - 1), fill=255)
+        picture.paste(leaf, (left, top), mask)
+    return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+
+
+def _scramble(rng: random.Random, cast: Cast, picture: Image.Image) -> None:
+    """Pastes a character whose face is cut into nine parts and mixed: all that a face has, and no face."""
+    figure, box, _ = cast.figure(rng.randrange(len(cast)))
+    figure, (left, top, right, bottom) = figure.copy(), box
+    side = int((right - left) / 3), int((bottom - top) / 3)
+    corners = [(int(left) + x * side[0], int(top) + y * side[1]) for y in range(3) for x in range(3)]
+    tiles = [figure.crop((x, y, x + side[0], y + side[1])) for x, y in corners]
+    for tile, corner in zip(rng.sample(tiles, 9), corners, strict=True):
+        figure.paste(tile, corner)
+    extent = int(DRAWN * SMALLEST * 12 ** rng.random() / (bottom - top))
+    figure = figure.resize((extent, extent), Image.Resampling.BICUBIC)
+    picture.paste(figure, (rng.randint(-extent // 3, SIZE - extent // 2), rng.randint(-extent // 3, SIZE - extent // 2)), figure)
+
+
 def _shapes(rng: random.Random, picture: Image.Image) -> Image.Image:
     """Ovals, boxes and lines in any colour, skins' among them, and some in pairs as eyes are."""
     picture, colours = picture.copy(), [*drawing.SKIN.values(), *drawing.HAIR.values(), *drawing.COLOUR.values(), drawing.DARK]
@@ -84,7 +119,7 @@ def _shapes(rng: random.Random, picture: Image.Image) -> Image.Image:
 
 
 def background(rng: random.Random) -> Image.Image:
-    picture = (_noise if rng.random() < 0.25 else _scenery)(rng.randrange(BACKGROUNDS))
+    picture = rng.choices((_noise, _leaves, _scenery), (15, 40, 45))[0](rng.randrange(BACKGROUNDS))
     if rng.random() < 0.5:
         side = rng.randint(SIZE // 4, SIZE)
         left, top = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
@@ -98,6 +133,8 @@ def compose(cast: Cast, rng: random.Random, people: int | None = None) -> Crowd:
     largest = {0: 0.0, 1: 104.0, 2: 56.0, 3: 42.0}[people]
     heights = sorted(SMALLEST * (largest / SMALLEST) ** rng.random() for _ in range(people))
     picture = background(rng)
+    if people == 0 and rng.random() < 0.4:
+        _scramble(rng, cast, picture)
     boxes, landmarks = np.zeros((0, 4), np.float32), np.zeros((0, 5, 2), np.float32)
     for height in heights:
         figure, box, points = cast.figure(rng.randrange(len(cast)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 STRIDE = 4
 DEEPEST = 32
 UNIT = 16.0  # pixels: sizes are learnt as logarithms of multiples of this
-SIDES = (128, 320)  # the long side at which a picture is looked at: near faces, and small ones
+SIDES = (128, 192, 320)  # the long side at which a picture is looked at: near faces, and small ones
 SMALLEST = 6.0  # pixels, at such a side, of what may be a face: it learns on 8 and more
 
 
@@ -68,10 +68,10 @@ class Detector(nn.Module):
     def find(self, pixels_3HW: Tensor, threshold: float = 0.4, sides: tuple[int, ...] = SIDES, most: int = 64) -> Faces:
         """Faces of one picture of any size whose score is at least `threshold`, each once, looked for at every size of `sides`.
 
-        But at larger sizes than its own only at the first: there is nothing more to see.
+        But not at much larger ones than its own: there is nothing more to see.
         """
         long = max(pixels_3HW.shape[1:])
-        found = [self._find_at(pixels_3HW, side, threshold, most) for side in sides if side == sides[0] or side <= long]
+        found = [self._find_at(pixels_3HW, side, threshold, most) for side in sides if side == sides[0] or side <= 1.5 * long]
         boxes, scores, landmarks = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = scores.argsort(descending=True)
         kept: list[int] = []
