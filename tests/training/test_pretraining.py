@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import charforgex
-from charforgex.charworld.assets import ROOT, load_captioner, load_clip, load_judge
+from charforgex.charworld.assets import ROOT, load_captioner, load_clip, load_detector, load_judge
 from charforgex.charworld.captioner import describe
 from charforgex.errors import ConfigError
 from charforgex.families import registry
@@ -54,6 +54,16 @@ def test_captioner_begins_with_clips_eye_and_loads_as_the_package_loads_it(folde
     assert 0 < max(differences) < 0.2
     assert len(describe(model, tokens, torch.zeros(2, 3, 64, 64))) == 2
     assert provenance(result, "captioner")["pictures_seen"] == 16
+
+
+def test_faces(folder):
+    result = train(folder, "faces", pictures=20, batch_size=4)
+    assert set(result["measures"]) == {"recall", "precision", "landmark_error"}
+    assert provenance(result, "detector")["pictures_seen"] == 8
+    fresh = load_detector(folder / "faces" / "weights")
+    assert fresh(torch.zeros(1, 3, 64, 96)).shape == (1, 15, 16, 24)
+    again = train(folder / "again", "faces", start="embedded", pictures=20, batch_size=4)
+    assert provenance(again, "detector")["before"]["steps"] > 100, "it goes on from the embedded one"
 
 
 def test_base_goes_on_from_the_embedded_one_and_loads_like_any(folder):

@@ -96,7 +96,7 @@ class CharworldDetector:
     def detect(self, picture: np.ndarray) -> list[Face]:
         import torch
 
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 127.5 - 1
+        pixels = torch.tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
         found = self.network.find(pixels)
         return [
             Face(tuple(box), score, tuple(map(tuple, points)))
@@ -108,7 +108,7 @@ class HaarDetector:
     """Viola & Jones' cascades that OpenCV brings: frontal faces, and profiles both ways. Roll comes from the eyes where both are found.
 
     For photographs. The score is the logistic of the last stage's margin, less what chance brings: the moon comes to 4 without
-    eyes, coins to 2.6 with what looks like eyes, a clear face to 7.
+    eyes, a clear face to 7 with them.
     """
 
     name = "haar"
