@@ -262,7 +262,9 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     if shown.mean() < 0.1:
         shown[:] = True
     x, y = other[shown][::5] / 255, one[shown][::5]
-    curve = np.linalg.lstsq(np.stack([np.ones_like(x), x, x * x], axis=1), y, rcond=1e-3)[0]
+    powers = np.stack([np.ones_like(x), x, x * x])
+    # a trace of ridge, for pictures of one or two brightnesses
+    curve = np.linalg.solve((powers @ powers.T).astype(np.float64) + 1e-4 * len(x) * np.eye(3), powers @ y)
     fitted = np.clip(curve[0] + other / 255 * (curve[1] + other / 255 * curve[2]), 0, 255)
     smooth, fitted = cv2.GaussianBlur(one, (0, 0), 0.6), cv2.GaussianBlur(fitted, (0, 0), 0.6)
     window = np.ones((3, 3), np.uint8)
@@ -285,7 +287,7 @@ def aligned_difference(one: np.ndarray, other: np.ndarray, orientation: int = 0,
         return cv2.warpAffine(other, warp, (SIDE, SIDE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
 
     direct = difference(one, cut(warp) if window else other)
-    if direct < 3:
+    if direct < 3 or orientation:  # cropped copies are looked for upright only
         return direct
     grey, target = cv2.cvtColor(one, cv2.COLOR_RGB2GRAY), cv2.cvtColor(other, cv2.COLOR_RGB2GRAY)
     steps = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)
@@ -311,87 +313,124 @@ def clusters(
 ) -> list[Cluster]:
     """Groups of findings that show one picture, in the order of the kept ones' indices. Findings with a verdict take no part.
 
-    `thumbnails(i)` is finding i's `thumbnail`; it is asked for candidates only. `embeddings` are unit vectors (N, D) of the pictures, zero
-    for those without. Every other of a cluster was compared with the kept one itself, so that a chain of small changes is no cluster.
+    `findings` are read once in order, then those of clusters; `thumbnails(i)` is finding i's `thumbnail`, asked for candidates only.
+    `embeddings` are unit vectors (N, D) of the pictures, zero for those without. Every other of a cluster was compared with the kept one
+    itself, so that a chain of small changes is no cluster.
     """
-    if settings.similarity is not None and embeddings is None:
-        raise ConfigError(f"duplicates.similarity={settings.similarity:g} needs pictures' embeddings: name a model, or set it to null.")
-    ranked = sorted((i for i, finding in enumerate(findings) if finding.verdict is None), key=lambda i: _rank(findings[i]))
-    found: dict[int, dict[int, str]] = {i: {} for i in ranked}
+    if settings.similarity is not None and embeddings is None and len(findings):
+        raise ConfigError(f"duplicates.similarity={settings.similarity:g} compares pictures' embeddings: set clip, or this to null.")
+    columns = _Columns(findings)
+    same: dict[int, list[int]] = defaultdict(list)
+    order = columns.order
     if settings.exact:
-        first: dict[str, int] = {}
-        for i in ranked:
-            kept = first.setdefault(findings[i].sha256 or f"#{i}", i)
-            if kept != i:
-                found[kept][i] = f"the same file as {findings[kept].name}"
-        ranked = list(first.values())
+        _, first, inverse = np.unique(columns.contents[order], return_index=True, return_inverse=True)
+        for place in np.flatnonzero(first[inverse] != np.arange(len(order))).tolist():
+            same[int(order[first[inverse[place]]])].append(int(order[place]))
+        order = order[np.sort(first)]
+    rank = np.full(len(findings), len(findings))
+    rank[order] = np.arange(len(order))
 
-    candidates = _candidates(findings, ranked, settings)
-    alike = _similar(ranked, embeddings, settings.similarity) if settings.similarity is not None else {}
+    near = _candidates(columns, order, settings)
+    alike = _similar(order, embeddings, settings.similarity) if settings.similarity is not None else {}
+    found: dict[int, dict[int, str]] = {}
     taken: set[int] = set()
-    for kept in ranked:
+    for kept in order.tolist():
         if kept in taken:
             continue
-        for i in sorted(candidates.get(kept, {}).keys() | alike.get(kept, {}).keys()):
-            if i in taken or i not in found or _rank(findings[i]) < _rank(findings[kept]):
-                continue
-            reason = None
-            if i in alike.get(kept, {}):
-                reason = f"embeddings agree by {alike[kept][i]:.3f} (limit {settings.similarity:g})"
-            elif i in candidates.get(kept, {}):
-                reason = _compare(candidates[kept][i], thumbnails(kept), thumbnails(i), settings)
-            if reason is None:
-                continue
-            name = findings[kept].name
+        ways, others = near.of(kept), alike.get(kept, {})
+        reasons = {}
+        for i in sorted(index for index in ways.keys() | others.keys() if rank[index] > rank[kept] and index not in taken):
+            if i in others:
+                reasons[i] = f"embeddings agree by {others[i]:.3f} (limit {settings.similarity:g})"
+            elif reason := _compare(ways[i], thumbnails(kept), thumbnails(i), settings):
+                reasons[i] = reason
+        taken |= reasons.keys()
+        if not reasons and kept not in same:
+            continue
+        name = findings[kept].name
+        found[kept] = {i: f"the same file as {name}" for i in same.get(kept, ())}
+        for i, reason in reasons.items():
             found[kept][i] = f"nearly the same as {name}: {reason}"
-            found[kept] |= {
-                same: f"the same file as {findings[i].name}, which is nearly the same as {name}: {reason}" for same in found.pop(i)
-            }
-            taken.add(i)
-    return [Cluster(kept, others) for kept, others in sorted(found.items()) if others and kept not in taken]
+            found[kept] |= {copy: f"the same file as {findings[i].name}, nearly the same as {name}: {reason}" for copy in same.get(i, ())}
+    return [Cluster(kept, found[kept]) for kept in sorted(found)]
 
 
 def best(group: Sequence[int], findings: Sequence[Finding]) -> int:
-    """Which of a group to keep: the most detail, then one with a caption, then the sharpest and cleanest, then the first by name."""
-    return min(group, key=lambda i: _rank(findings[i]))
+    """Which of a group to keep: the most detail, then one with a caption, then the sharpest and cleanest, the largest, the first."""
+    return min(group, key=lambda i: (_worth(findings[i]), i))
 
 
-def _rank(finding: Finding) -> tuple:
+def _worth(finding: Finding) -> tuple[float, ...]:
+    """Smaller is better."""
     scores = finding.scores
-    area = finding.width * finding.height * min(1.0, scores.get("detail", 1.0)) ** 2  # an enlarged copy is no better
+    area = max(1, finding.width * finding.height)
+    used = area * min(1.0, scores.get("detail", 1.0)) ** 2  # an enlarged copy is no better
     clean = scores.get("sharpness", 0.0) - scores.get("blocks", 0.0) / 10 - scores.get("noise", 0.0) / 50
-    return -round(math.log(max(area, 1)) * 5), not finding.captions, -round(clean, 2), -finding.width * finding.height, finding.name
+    return -round(math.log(used) * 5), not finding.captions, -round(clean, 2), -area
 
 
-Candidate = tuple[int, int, int, bool]  # bits that differ, orientation, window, and whether the other is the cropped one
+class _Columns:
+    """What is needed of all findings at once, as arrays: findings may lie on disk, and memory holds a few numbers for each."""
+
+    def __init__(self, findings: Sequence[Finding]):
+        count, size = len(findings), len(SPANS) ** 2
+        worth, usable = np.zeros((count, 4)), np.zeros(count, bool)
+        self.contents, self.hashes, self.hashed = np.zeros(count, "S64"), np.zeros((count, size), np.uint64), np.zeros(count, bool)
+        for index, finding in enumerate(findings):
+            if finding.verdict is not None:
+                continue
+            usable[index], worth[index] = True, _worth(finding)
+            self.contents[index] = finding.sha256 or f"#{index}"
+            if finding.fingerprint:
+                self.hashed[index], self.hashes[index] = True, Fingerprint.from_hex(finding.fingerprint).hashes
+        order = np.lexsort(worth.T[::-1])  # stable: of equals the first
+        self.order = order[usable[order]]  # the best first
 
 
-def _candidates(findings: Sequence[Finding], ranked: Sequence[int], settings: DuplicateSettings) -> dict[int, dict[int, list[Candidate]]]:
-    """Of each finding those with a hash within the radius, in both directions, with the ways in which the two fit."""
-    found: dict[int, dict[int, list[Candidate]]] = defaultdict(lambda: defaultdict(list))
-    indices = np.array([i for i in ranked if findings[i].fingerprint], np.int64)
-    if settings.radius is None or len(indices) < 2:
+class _Candidates:
+    """Pairs of findings with hashes within the radius, and the ways in which the two fit: rows of `WAY`, by the first of the two."""
+
+    WAY = np.dtype([("one", "i4"), ("other", "i4"), ("bits", "i1"), ("orientation", "i1"), ("window", "i1"), ("swapped", "?")])
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        rows = np.concatenate([np.zeros(0, self.WAY), *parts])
+        self.rows = rows[np.argsort(rows["one"], kind="stable")]
+
+    def of(self, index: int) -> dict[int, list[tuple[int, int, int, bool]]]:
+        """By the other of the pair: bits that differ, orientation, window, and whether it is the other that is cropped."""
+        first, end = np.searchsorted(self.rows["one"], [index, index + 1])
+        found: dict[int, list[tuple[int, int, int, bool]]] = defaultdict(list)
+        for _, other, *way in self.rows[first:end].tolist():
+            found[other].append(tuple(way))
         return found
-    hashes = np.stack([Fingerprint.from_hex(findings[i].fingerprint).hashes for i in indices])
-    whole = hashes[:, 0]
+
+
+def _candidates(columns: _Columns, order: np.ndarray, settings: DuplicateSettings) -> _Candidates:
+    indices = np.sort(order[columns.hashed[order]])
+    if settings.radius is None or len(indices) < 2:
+        return _Candidates([])
+    whole = columns.hashes[indices, 0]
     ways = [(orientation, 0) for orientation in range(len(ORIENTATIONS) if settings.turned else 1)]
-    ways += [(0, window) for window in range(1, hashes.shape[1] if settings.cropped else 1)]
+    ways += [(0, window) for window in range(1, columns.hashes.shape[1] if settings.cropped else 1)]
+    parts = []
     for orientation, window in ways:
-        others = turned_hashes(whole, orientation) if window == 0 else hashes[:, window]
+        others = columns.hashes[indices, window] if window else turned_hashes(whole, orientation)
         near = pairs(whole, settings.radius) if not orientation and not window else pairs(whole, settings.radius, others)
         near = near[near[:, 0] != near[:, 1]]
-        bits = np.bitwise_count(whole[near[:, 0]] ^ others[near[:, 1]])
-        for (i, j), distance in zip(indices[near].tolist(), bits.tolist(), strict=True):
-            found[i][j].append((distance, orientation, window, False))
-            found[j][i].append((distance, orientation, window, True))
-    return found
+        for swapped in (False, True):
+            part = np.zeros(len(near), _Candidates.WAY)
+            part["one"], part["other"] = indices[near[:, int(swapped)]], indices[near[:, int(not swapped)]]
+            part["bits"] = np.bitwise_count(whole[near[:, 0]] ^ others[near[:, 1]])
+            part["orientation"], part["window"], part["swapped"] = orientation, window, swapped
+            parts.append(part)
+    return _Candidates(parts)
 
 
-def _compare(ways: Sequence[Candidate], kept: np.ndarray, other: np.ndarray, settings: DuplicateSettings) -> str | None:
+def _compare(ways: Sequence[tuple[int, int, int, bool]], kept: np.ndarray, other: np.ndarray, settings: DuplicateSettings) -> str | None:
     """Why the two are the same, by the likeliest ways that they fit in, or None. Windows near one another are refined to the same cut."""
-    likeliest: dict[tuple[int, bool], Candidate] = {}
+    likeliest: dict[tuple[int, bool], tuple[int, int, int, bool]] = {}
     for way in sorted(ways):
-        for swapped in (False, True) if way[2] == 0 else (way[3],):  # of equal hashes either may be the cropped one
+        for swapped in (False, True) if way[2] == 0 and not way[1] else (way[3],):  # of equal hashes either may be the cropped one
             likeliest.setdefault((way[1], swapped), way)
     for (orientation, swapped), (bits, _, window, _) in list(likeliest.items())[:4]:
         one, two = (other, kept) if swapped else (kept, other)
@@ -405,10 +444,9 @@ def _compare(ways: Sequence[Candidate], kept: np.ndarray, other: np.ndarray, set
     return None
 
 
-def _similar(ranked: Sequence[int], embeddings: np.ndarray, similarity: float) -> dict[int, dict[int, float]]:
-    """Of each finding those after it in `ranked` whose embeddings agree by at least `similarity`. Compares all with all, in blocks."""
+def _similar(order: np.ndarray, embeddings: np.ndarray, similarity: float) -> dict[int, dict[int, float]]:
+    """Of each finding those after it in `order` whose embeddings agree by at least `similarity`. Compares all with all, in blocks."""
     found: dict[int, dict[int, float]] = defaultdict(dict)
-    order = np.array(ranked, np.int64)
     vectors = np.asarray(embeddings, np.float32)[order]
     for start in range(0, len(order), 1024):
         cosine = vectors[start : start + 1024] @ vectors[start:].T
