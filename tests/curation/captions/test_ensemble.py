@@ -97,6 +97,7 @@ def test_less_exact_words_support_exact_ones_and_contradict_nothing():
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
+        (["a woman in a dress", "a lady in an orange dress"], "a lady in an orange dress"),
         (["a man with a hat", "a man without a hat", "a man without a hat, smiling"], "a man, smiling"),
         (["a woman, smiling", "a woman, laughing, wearing a blue dress", "a woman, laughing"], "a woman, laughing, wearing a blue dress"),
         (

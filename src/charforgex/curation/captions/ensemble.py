@@ -99,9 +99,9 @@ def fuse(voices: Sequence[Voice], scorer: Scorer | None = None, seen_D: np.ndarr
         answers += found
         if BY_NAME[name].contradicts and len(found) > 1:
             contradictions.append(_told(name, found))
-    kept = {answer.aspect: answer for answer in answers if answer.kept}
+    kept = {answer.aspect: answer for answer in reversed(answers) if answer.kept}  # the best of each aspect
     base = max(range(len(voices)), key=lambda i: (_worth(said[i], answers), voices[i].weight, -i))
-    text = _corrected(voices[base].text, said[base], kept, answers)
+    text = _corrected(voices[base].text, said[base], kept)
     text = _completed(text, kept)
     extra = _extra(voices, base, scorer, seen_D, clip_share)
     text = _with_end(text, "".join(f", {words}" for words in extra))
@@ -211,7 +211,7 @@ WORDS = {
 }  # aspect -> kind of the rules
 
 
-def _corrected(text: str, said: Sequence[Claim], kept: Mapping[str, Answer], answers: Sequence[Answer]) -> str:
+def _corrected(text: str, said: Sequence[Claim], kept: Mapping[str, Answer]) -> str:
     """The base caption, what it says wrong replaced by what is right; if nothing is known to be right, it is unsaid."""
     unsaid: list[str] = []
     for claim in sorted(said, key=lambda claim: -claim.span[0]):
@@ -230,8 +230,16 @@ def _corrected(text: str, said: Sequence[Claim], kept: Mapping[str, Answer], ans
             text = _cut(text, start, end)
     if unsaid:
         text = absorbed(text, tuple(unsaid))
-    text = re.sub(r"\b([Aa])n? (?=(\w))", lambda m: f"{m[1]}{'n' if m[2].lower() in 'aeiou' else ''} ", text)
-    return tidy(text)
+    return tidy(_articles(text))
+
+
+def _articles(text: str) -> str:
+    """ "an" before vowels and "a" before the rest, but for words whose letters mislead ("hour", "uniform")."""
+    return re.sub(
+        r"\b([Aa])n? (?!hour|honest|uni|us[ae]|one\b|eu)(?=(\w))",
+        lambda match: f"{match[1]}{'n' if match[2].lower() in 'aeiou' else ''} ",
+        text,
+    )
 
 
 def _as_word(claim: Claim, value: str, after: str) -> str:
@@ -268,6 +276,9 @@ def _completed(text: str, kept: Mapping[str, Answer]) -> str:
     ]
     if traits:
         text = _behind_the_person(text, " and ".join(traits))
+    if "garment_colour" in missing and "garment" in have:
+        start = next(claim.span[0] for claim in claims(text) if claim.aspect == "garment")
+        text = _articles(f"{text[:start]}{missing['garment_colour']} {text[start:]}")
     end = ""
     if "expression" in missing:
         end += f", {missing['expression']}"
