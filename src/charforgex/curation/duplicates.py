@@ -318,7 +318,9 @@ def clusters(
     itself, so that a chain of small changes is no cluster.
     """
     if settings.similarity is not None and embeddings is None and len(findings):
-        raise ConfigError(f"duplicates.similarity={settings.similarity:g} compares pictures' embeddings: set clip, or this to null.")
+        raise ConfigError(
+            f"curation.duplicates.similarity={settings.similarity:g} compares pictures' embeddings: set curation.clip, or this to null."
+        )
     columns = _Columns(findings)
     same: dict[int, list[int]] = defaultdict(list)
     order = columns.order

@@ -53,7 +53,9 @@ class QualitySettings:
 
     def __post_init__(self):
         if self.min_assessed is not None and self.assessor is None:
-            raise ConfigError(f"quality.min_assessed={self.min_assessed:g} needs quality.assessor, a CLIP; set that, or this to null.")
+            raise ConfigError(
+                f"curation.quality.min_assessed={self.min_assessed:g} needs curation.quality.assessor, a CLIP; set that, or this to null."
+            )
 
 
 # ---- what is decided ----

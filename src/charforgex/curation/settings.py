@@ -31,6 +31,7 @@ class ScanSettings:
     faces: FaceSettings
     embedder: str = "charworld"
     clip: str | None = "charworld"
+    assessor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CurationSettings:
             )
 
     def scan(self) -> ScanSettings:
-        return ScanSettings(self.ingest, self.faces, self.embedder, self.clip)
+        return ScanSettings(self.ingest, self.faces, self.embedder, self.clip, self.quality.assessor)
 
     def where(self, folder: Path) -> ExecutorSettings:
         return ExecutorSettings(self.executor, self.workers, self.address, self.sbatch, folder)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Tools:
     detector: Detector
     embedder: Embedder
     clip: Clip | None
+    assessor: quality.Assessor | None
 
 
 @cache
@@ -62,7 +63,12 @@ def tools(settings: str) -> Tools:
     told = bind(ScanSettings, json.loads(settings), "curation")
     if os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(1)
-    return Tools(get_detector(told.faces), get_embedder(told.embedder, faces=True), get_clip(told.clip) if told.clip else None)
+    return Tools(
+        get_detector(told.faces),
+        get_embedder(told.embedder, faces=True),
+        get_clip(told.clip) if told.clip else None,
+        quality.get_assessor(told.assessor) if told.assessor else None,
+    )
 
 
 def scan(job: Job) -> str:
@@ -108,7 +114,11 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
                 found_faces, found_pictures = embed(decoded, tools(settings))
                 faces.extend(found_faces)
                 pictures.extend(found_pictures)
-            for finding, _ in pending:
+            assessor = tools(settings).assessor if decoded else None
+            opinions = iter(assessor([picture for _, picture in decoded]) if assessor else ())
+            for finding, picture in pending:
+                if assessor and picture is not None:
+                    finding = replace(finding, scores={**finding.scores, **next(opinions)})
                 file.write(json.dumps(finding.to_json(), ensure_ascii=False) + "\n")
             pending.clear()
 
@@ -268,7 +278,7 @@ class Findings(Sequence[Finding]):
         return self._row(index, "pictures")
 
     def thumbnail(self, index: int) -> np.ndarray | None:
-        """uint8 (64, 64, 3), whatever the picture's aspect: `duplicates.thumbnail`; None where it was not decoded."""
+        """uint8 (96, 96, 3), whatever the picture's aspect: `duplicates.thumbnail`; None where it was not decoded."""
         return self._row(index, "thumbnails")
 
     def preview(self, index: int) -> bytes | None:
