@@ -10,7 +10,16 @@ import torch
 
 from charforgex.charworld import crowds, drawing, world
 from charforgex.curation import faces
-from charforgex.curation.faces import MEAN_FACE, CharworldDetector, Chosen, Either, FaceSettings, HaarDetector, get_detector, head_pose
+from charforgex.curation.faces import (
+    MEAN_FACE,
+    CharworldDetector,
+    Chosen,
+    DrawnOrPhotographed,
+    FaceSettings,
+    HaarDetector,
+    get_detector,
+    head_pose,
+)
 from charforgex.curation.items import Face
 from charforgex.errors import ConfigError
 from charforgex.training.detecting import match
@@ -140,7 +149,13 @@ class Fixed:
 
 def test_where_two_detectors_see_one_face_the_first_counts():
     a, near, far = Face((10, 10, 50, 50), 0.6), Face((12, 12, 56, 52), 0.9), Face((100, 10, 140, 50), 0.7)
-    assert Either(Fixed(a), Fixed(near, far)).detect(None) == [far, a]
+    assert DrawnOrPhotographed(Fixed(a), Fixed(near, far)).detect(None) == [Face(a.box, 0.9), far]
+
+
+def test_in_photographs_the_detector_of_drawings_has_to_be_surer():
+    person, doubtful, clear = Face((10, 10, 50, 50), 0.9), Face((100, 10, 140, 50), 0.6), Face((200, 10, 240, 50), 0.8)
+    assert DrawnOrPhotographed(Fixed(doubtful, clear), Fixed(person)).detect(None) == [person, clear]
+    assert DrawnOrPhotographed(Fixed(doubtful, clear), Fixed()).detect(None) == [clear, doubtful]
 
 
 def test_faces_in_doubt_too_small_or_twice_are_left_out():

@@ -60,7 +60,7 @@ def get_detector(settings: FaceSettings) -> Detector:
     from charforgex.curation import face_models
 
     chosen: dict[str, Callable[[], Detector]] = {
-        "auto": lambda: Either(CharworldDetector(), HaarDetector()),
+        "auto": lambda: DrawnOrPhotographed(CharworldDetector(), HaarDetector()),
         "charworld": CharworldDetector,
         "haar": HaarDetector,
         "yunet": lambda: face_models.YuNet(settings.model),
@@ -112,7 +112,7 @@ class HaarDetector:
     """
 
     name = "haar"
-    side = 480  # of the picture that the cascades see: larger ones take time and give false alarms
+    side = 360  # of the picture that the cascades see: larger ones take time and give false alarms
     least = 0.06  # of the shorter side, and at least 20 pixels
     neighbours = 6  # detections at nearly one place that make a face
     doubt = 5.0
@@ -143,7 +143,7 @@ class HaarDetector:
     def _run(self, cascade: cv2.CascadeClassifier, grey: np.ndarray) -> Iterator[tuple[tuple[float, float, float, float], float]]:
         """Boxes and the margins by which they passed."""
         least = max(20, round(self.least * min(grey.shape)))
-        boxes, _, margins = cascade.detectMultiScale3(grey, 1.1, self.neighbours, minSize=(least, least), outputRejectLevels=True)
+        boxes, _, margins = cascade.detectMultiScale3(grey, 1.15, self.neighbours, minSize=(least, least), outputRejectLevels=True)
         for (x, y, w, h), margin in zip(boxes, np.ravel(margins), strict=True):
             yield (float(x), float(y), float(x + w), float(y + h)), float(margin)
 
@@ -163,17 +163,28 @@ class HaarDetector:
         return math.degrees(math.atan2(b[1] - a[1], b[0] - a[0]))
 
 
-class Either:
-    """Two detectors as one: where both mark a face, the first one's word counts."""
+class DrawnOrPhotographed:
+    """A detector for drawings and one for photographs, as one for pictures of either sort.
 
-    def __init__(self, first: Detector, second: Detector):
-        self.first, self.second = first, second
-        self.name = f"{first.name}+{second.name}"
+    Where both mark a face, the first one's box counts, which has landmarks. In a picture where the second is sure of a face, which it
+    seldom is of a drawn one, the first has to be surer than else of those that it sees alone: photographs are strange to it.
+    """
+
+    sure = 0.5
+    surer = 0.75
+
+    def __init__(self, drawn: Detector, photographed: Detector):
+        self.drawn, self.photographed = drawn, photographed
+        self.name = f"{drawn.name}+{photographed.name}"
 
     def detect(self, picture: np.ndarray) -> list[Face]:
-        faces = self.first.detect(picture)
-        faces += [face for face in self.second.detect(picture) if not any(same(face, other) for other in faces)]
-        return sorted(faces, key=lambda face: -face.score)
+        drawn, photographed = self.drawn.detect(picture), self.photographed.detect(picture)
+        confirmed = [face for face in drawn if any(same(face, other) for other in photographed)]
+        alone = [face for face in drawn if face not in confirmed]
+        if any(face.score >= self.sure for face in photographed):
+            alone = [face for face in alone if face.score >= self.surer]
+        faces = [replace(face, score=max(face.score, *(o.score for o in photographed if same(face, o)))) for face in confirmed] + alone
+        return distinct(faces + [face for face in photographed if not any(same(face, other) for other in faces)])
 
 
 def logistic(x: float) -> float:
