@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from charforgex.charworld import captioner, world
 from charforgex.charworld.assets import load_captioner, load_clip
 from charforgex.data.rendered import RenderedBank
 from charforgex.draws import torch_generator
-from charforgex.training.stages import AttributeHeads, Pretraining, attribute_losses, labels_of, pixels_of
+from charforgex.training.stages import UNSAID, AttributeHeads, Pretraining, attribute_losses, labels_of, pixels_of
 
 
 class CaptionNetworks(nn.Module):
@@ -63,37 +64,52 @@ def cropped(pixels_BPHW: Tensor, rng: random.Random) -> Tensor:
     return F.grid_sample(pixels_BPHW, grid, padding_mode="border", align_corners=False)
 
 
+SWAPS = tuple(order for order in itertools.permutations(range(3)) if order != (0, 1, 2))
+COLOURED = ("hair_colour", "skin", "eye_colour", "hat_colour", "garment_colour", "scene_colour")
+COLOURS = tuple(dict.fromkeys((*(value for name in COLOURED for value in world.ATTRIBUTES[name]), *world.GLASSES_COLOURS)))
+
+
 class CaptionModule(Pretraining):
     """Cross-entropy on the words of the whole caption, in its fixed order: what is unsaid is not there.
 
-    One word in four that was said before is hidden (Bowman et al. 2016), so that "green pigtails" is read off the picture even if
-    green hair never was in pigtails.
+    One word in four that was said before is hidden (Bowman et al. 2016), and some pictures have their colour channels swapped and their
+    colours unsaid: "green pigtails" is to be read off a picture even if green hair never was in pigtails.
     """
 
     hidden = 0.25
+    recoloured = 0.4  # of the pictures, so that no shape is known by the colours that it comes in
 
     def __init__(self, start: Path | None, **settings):
         super().__init__(CaptionNetworks(start), **settings)
+        ids = self.network.tokens([" ".join(COLOURS)], add_special_tokens=False, return_tensors="pt").input_ids
+        self.colours = ids.flatten()
 
     def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random):
         scenes = [bank.scene(i) for i in indices]
-        pixels = np.stack([spoilt(bank.pixels[i], rng) for i in indices])
+        channels = [rng.choice(SWAPS) if rng.random() < self.recoloured else (0, 1, 2) for _ in indices]
+        swapped = torch.tensor([order != (0, 1, 2) for order in channels])
+        pixels = np.stack([spoilt(bank.pixels[i][..., order], rng) for i, order in zip(indices, channels, strict=True)])
         pixels = cropped(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, rng)
         gain = torch.tensor([[rng.uniform(0.93, 1.07) for _ in range(3)] for _ in indices])[:, :, None, None]
         pixels = pixels * gain + 0.03 * torch.randn(pixels.shape, generator=torch_generator(rng.random()))
         tokens = self.network.tokens([world.caption(*scene)[0] for scene in scenes], padding="longest", return_tensors="pt")
-        words = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
-        return pixels, words, labels_of([world.visible_attributes(*scene) for scene in scenes])
+        words = tokens.input_ids.masked_fill(tokens.attention_mask == 0, UNSAID)
+        named = swapped[:, None] & torch.isin(words, self.colours)
+        labels = labels_of([world.visible_attributes(*scene) for scene in scenes])
+        for name in COLOURED:
+            labels[name] = labels[name].masked_fill(swapped, UNSAID)
+        return pixels, words, named, labels
 
     def losses(self, micro, key: tuple) -> Tensor:
         """(B,): the mean over a caption's words, times 5 because most words are certain, and the heads' own."""
-        pixels, words, shown = micro
-        before = words.roll(1, dims=1).masked_fill(words.roll(1, dims=1) < 0, self.network.tokens.pad_token_id)
-        hide = torch.rand(before.shape, generator=torch_generator(*key, "words")) < self.hidden
-        before = before.masked_fill(hide, self.network.tokens.unk_token_id)
+        pixels, words, named, shown = micro
+        before = words.masked_fill(words == UNSAID, self.network.tokens.pad_token_id)
+        hide = torch.rand(words.shape, generator=torch_generator(*key, "words")) < self.hidden
+        before = before.masked_fill(hide | named, self.network.tokens.unk_token_id).roll(1, dims=1)
         before[:, 0] = self.network.model.config.decoder_start_token_id
         out = self.network.model(pixel_values=pixels, decoder_input_ids=before)
-        loss = F.cross_entropy(out.logits.transpose(1, 2), words, reduction="none").sum(1) / (words >= 0).sum(1)
+        words = words.masked_fill(named, UNSAID)
+        loss = F.cross_entropy(out.logits.transpose(1, 2), words, reduction="none").sum(1) / (words != UNSAID).sum(1)
         return 5 * loss + attribute_losses(self.network.heads(out.encoder_last_hidden_state.mean(1)), shown)
 
     @torch.no_grad()
