@@ -239,7 +239,7 @@ def caption(
             said[file] = by_hand[file]
         elif finding.captions and not settings.recaption:
             said[file] = tuple(apply(text, rules)[0] for text in finding.captions) if settings.rewrite else finding.captions
-        else:
+        elif settings.captions.backends != ("sidecar",):  # which has nothing to say here
             context = Context(file, finding.captions, row["framing"], rules.trigger, rules.class_word)
             jobs.append(Job(row["sha256"], lambda path=pictures / file: Image.open(path).convert("RGB"), context))
             of_key[row["sha256"]] = file
@@ -251,7 +251,7 @@ def caption(
         for key, text in caption_all(captioner, jobs, store, told.batch_size, lambda name, why: trouble.append(f"{name}: {why}"), bar.step):
             said[of_key[key]] = tuple(apply(line, rules)[0] for line in text.splitlines() if line.strip())
         for line in trouble[:NOTED]:
-            bar.console.print(f"[yellow]no caption for {line}")
+            bar.console.print(f"[yellow]no caption for {line}", highlight=False)
     return {file: tuple(dict.fromkeys(text for text in texts if text)) for file, texts in said.items()}
 
 
