@@ -11,7 +11,7 @@ from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"python (train|generate)\.py((?: [^\n`#]*)?)")
+COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate)(?:\.py)?((?: [^\n`#]*)?)")
 
 
 def commands() -> list[tuple[str, str, str]]:

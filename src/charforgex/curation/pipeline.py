@@ -24,6 +24,7 @@ from charforgex.curation.items import CLASSES, Verdict
 from charforgex.curation.manifest import Manifest, Record, some
 from charforgex.curation.settings import CurationSettings
 from charforgex.curation.shards import Findings
+from charforgex.quiet import quiet
 from charforgex.runs import write_atomic
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
@@ -245,11 +246,16 @@ def caption(
             of_key[row["sha256"]] = file
     if jobs:
         told, trouble = settings.captions, []
+
+        def note(name: str, why: str) -> None:
+            trouble.append(f"{name}: {why}")
+
         captioner = get_captioner(told)
         bar.start(f"captions by {', '.join(told.backends)}", len(jobs))
         store = cache_dir / "captions"
-        for key, text in caption_all(captioner, jobs, store, told.batch_size, lambda name, why: trouble.append(f"{name}: {why}"), bar.step):
-            said[of_key[key]] = tuple(apply(line, rules)[0] for line in text.splitlines() if line.strip())
+        with quiet("transformers"):
+            for key, text in caption_all(captioner, jobs, store, told.batch_size, note, bar.step):
+                said[of_key[key]] = tuple(apply(line, rules)[0] for line in text.splitlines() if line.strip())
         for line in trouble[:NOTED]:
             bar.console.print(f"[yellow]no caption for {line}", highlight=False)
     return {file: tuple(dict.fromkeys(text for text in texts if text)) for file, texts in said.items()}
@@ -331,7 +337,8 @@ def character(settings: CurationSettings) -> people.Character | None:
     from charforgex.curation.faces import get_detector
     from charforgex.embedders import get_embedder
 
-    return people.from_references(settings.people.references, get_detector(settings.faces), get_embedder(settings.embedder))
+    with quiet("transformers"):
+        return people.from_references(settings.people.references, get_detector(settings.faces), get_embedder(settings.embedder))
 
 
 # ---- tell ----

@@ -168,7 +168,7 @@ class Flux(Family):
         return TARGETS[preset]
 
     def pipeline(self, parts: Components):
-        from charforgex.families.loading import quiet
+        from charforgex.quiet import quiet
 
         with quiet():  # about torchvision, which nothing here uses
             from diffusers import FluxPipeline

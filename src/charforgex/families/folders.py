@@ -13,9 +13,9 @@ from charforgex.errors import ModelError
 from charforgex.families import layouts
 from charforgex.families.files import file_hash, stamp
 from charforgex.families.parts import component_class, library, read_config
-from charforgex.families.quiet import quiet
 from charforgex.families.single_file import spell
 from charforgex.families.sources import Source, component_weights, read_json
+from charforgex.quiet import quiet
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family

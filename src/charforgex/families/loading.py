@@ -13,7 +13,6 @@ import torch
 
 from charforgex.errors import ModelError
 from charforgex.families.folders import Folder
-from charforgex.families.quiet import quiet as quiet
 from charforgex.families.single_file import Checkpoint
 from charforgex.families.sources import addresses, resolve
 from charforgex.families.tokenizers import find_tokenizers, load_tokenizer

@@ -168,7 +168,7 @@ class Sd3(Family):
         return [path for t in targets for path in ([f"transformer_blocks.{i}.{t}" for i in blocks] if t == "attn.add_q_proj" else [t])]
 
     def pipeline(self, parts: Components):
-        from charforgex.families.loading import quiet
+        from charforgex.quiet import quiet
 
         with quiet():  # about torchvision, which nothing here uses
             from diffusers import StableDiffusion3Pipeline

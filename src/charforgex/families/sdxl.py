@@ -127,7 +127,7 @@ class Sdxl(Family):
         return TARGETS[preset]
 
     def pipeline(self, parts: Components):
-        from charforgex.families.loading import quiet
+        from charforgex.quiet import quiet
 
         with quiet():  # about torchvision, which nothing here uses
             from diffusers import StableDiffusionXLPipeline

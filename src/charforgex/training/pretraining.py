@@ -31,7 +31,8 @@ from charforgex.draws import python_rng
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.base import ALL, Family
-from charforgex.families.loading import quiet, weights_hash
+from charforgex.families.loading import weights_hash
+from charforgex.quiet import quiet
 from charforgex.training import report, stages
 from charforgex.training.character import choose_device
 from charforgex.training.checkpoints import load_last_good

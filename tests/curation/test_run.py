@@ -1,0 +1,173 @@
+"""The command as a whole: a folder as people have them becomes a dataset; killed, resumed, changed by hand, and by other executors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import charforgex
+from charforgex.curation import pipeline, shards
+from charforgex.curation.manifest import open_manifest
+from charforgex.curation.report import read
+from charforgex.data.mess import write_archive, write_mess
+from charforgex.errors import ConfigError, DataError
+
+COUNTS = {"kept": 8, "recompressed": 1, "dark": 1, "noisy": 1, "small": 1, "stranger": 2, "truncated": 1, "empty": 1, "document": 1}
+SMALL = {"quality": {"min_side": 64, "min_detail_side": None}, "crops": {"min_side": 64, "framings": ["full"]}, "workers": 1, "shard": 4}
+
+
+def curate(folder, **more):
+    """A run into `folder`/out, with its cache beside it."""
+    settings = {"data": {"root": str(folder / "raw")}, "out": str(folder / "out"), "runs_dir": str(folder / "runs"), "curation": SMALL}
+    return charforgex.curate(**{**settings, **more, "curation": {**SMALL, **more.get("curation", {})}})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, expected classes, result.json)."""
+    folder = tmp_path_factory.mktemp("curated")
+    expected = write_mess(folder / "raw", 0, COUNTS, 128)
+    expected |= write_archive(folder / "raw/pack.zip", 0, 1, 128)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "raw").iterdir()}
+    result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "raw").iterdir()} == before, "nothing is changed"
+    return folder, expected, result
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy of that run, to be changed."""
+    shutil.copytree(made[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_every_file_ends_in_its_class(made):
+    folder, expected, result = made
+    found = {row["name"]: row["kind"] for row in read(folder / "out")["pictures"]}
+    assert found == expected
+    assert result["classes"] == read(folder / "out")["classes"]
+    assert all(row["reason"] for row in read(folder / "out")["pictures"] if row["kind"] != "kept")
+
+
+def test_the_dataset_is_a_manifest_and_a_folder_for_any_trainer(made):
+    result = made[2]
+    manifest = open_manifest(result["manifest"])
+    assert manifest.content_hash() == result["content"]
+    assert {side: len(manifest.of(side)) for side in ("train", "val")} == {"train": 8, "val": 1}
+    for record in manifest.records:
+        picture = manifest.root / record.path
+        texts = picture.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+        assert tuple(texts) == record.captions
+        assert record.mask == record.path.removesuffix(".png") + ".mask.png" and (manifest.root / record.mask).is_file()
+        assert record.facts["framing"] == "full" and record.facts["scores"]["sharpness"] > 0 and "face" in record.facts
+    captioned = [record for record in manifest.records if record.captions]
+    assert len(captioned) == 8 and all("zatoki woman" in record.captions[0] for record in captioned)
+    plain = open_manifest(manifest.root)  # the folder itself, as other trainers see it
+    assert {record.path for record in plain.records} == {record.path for record in manifest.records}
+
+
+def test_a_second_run_decodes_nothing_and_comes_to_the_same(made, folder, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a picture was decoded again")
+
+    shutil.rmtree(folder / "out")
+    shutil.copytree(made[0] / "out", folder / "out")
+    monkeypatch.setattr(shards, "decode_picture", refuse)
+    assert curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})["content"] == made[2]["content"]
+
+
+def test_what_somebody_wrote_stays(made, folder):
+    record = open_manifest(made[2]["manifest"]).records[0]
+    (folder / "out/pictures" / record.path).with_suffix(".txt").write_text("zatoki woman with a kite\n")
+    result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
+    again = {r.path: r.captions for r in open_manifest(result["manifest"]).records}
+    assert again[record.path] == ("zatoki woman with a kite",)
+    others = {r.path: r.captions for r in open_manifest(made[2]["manifest"]).records if r.path != record.path}
+    assert {path: captions for path, captions in again.items() if path != record.path} == others
+
+
+def test_a_picture_that_went_is_taken_out(made, folder):
+    gone = open_manifest(made[2]["manifest"]).records[0]
+    name = gone.facts["from"]
+    (folder / "raw" / name).unlink()
+    (folder / "raw" / name).with_suffix(".txt").unlink(missing_ok=True)
+    curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
+    stem = gone.path.removesuffix(".png")
+    assert not [path for path in (folder / "out/pictures").iterdir() if path.name.startswith(stem)]
+
+
+def test_processes_come_to_the_same(made, folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "out")
+    result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"}, curation={"workers": 2, "shard": 5})
+    assert result["content"] == made[2]["content"]
+
+
+def test_killed_it_goes_on_and_comes_to_the_same(made, folder):
+    """After SIGKILL in the middle only the shard in work is done again."""
+    shutil.rmtree(folder / "runs")
+    shutil.rmtree(folder / "out")
+    code = (
+        "import charforgex, json, sys; from tests.curation.test_run import curate; from pathlib import Path;"
+        f"curate(Path({str(folder)!r}), data={{'root': {str(folder / 'raw')!r}, 'trigger': 'zatoki'}})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = folder / "runs/cache" / shards.FOLDER
+
+    def done():
+        return [path for path in store.glob("[0-9a-f]*") if path.is_dir()]
+
+    deadline = time.monotonic() + 120
+    while len(done()) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in done()}
+    assert len(kept) >= 2 and not (folder / "out/result.json").exists(), "it was killed between two shards"
+    result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
+    assert result["content"] == made[2]["content"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done is not done again"
+
+
+def test_a_look_writes_a_report_alone(folder):
+    result = curate(folder, out=str(folder / "look"), only_report=True)
+    assert result["manifest"] is None
+    assert sorted(path.name for path in (folder / "look").iterdir()) == [
+        "config.yaml", "provenance.json", "report.html", "report.json", "result.json",
+    ]  # fmt: skip
+    assert read(folder / "look")["analysis"]["num_pictures"] == 9
+
+
+def test_what_cannot_be_curated_is_told(tmp_path):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(DataError, match="has no files"):
+        curate(tmp_path)
+    (tmp_path / "raw/a.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no picture is kept \(1 corrupt\)"):
+        curate(tmp_path)
+    assert (tmp_path / "out/report.html").is_file(), "and the report says why"
+    with pytest.raises(ConfigError, match="nowhere"):
+        curate(tmp_path, data={"root": str(tmp_path / "nowhere")})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        curate(tmp_path, out=str(tmp_path / "mine"))
+    with pytest.raises(ConfigError, match="say it twice"):
+        curate(tmp_path, data={"root": str(tmp_path / "raw"), "trigger": "a"}, curation={"rules": {"trigger": "b"}})
+
+
+def test_captions_changed_by_hand_are_found_by_what_was_written(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    assert pipeline.edited(tmp_path / "pictures") == {}
+    rows = [{"path": "a.png", "captions": ["one"]}, {"path": "b.png", "captions": ["two"]}, {"path": "c.png", "captions": []}]
+    (tmp_path / "pictures" / pipeline.MANIFEST).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("a", "one\n"), ("b", "better\n"), ("c", "new\nwords\n")):
+        Path(tmp_path / f"pictures/{name}.txt").write_text(text)
+    assert pipeline.edited(tmp_path / "pictures") == {"b.png": ("better",), "c.png": ("new", "words")}
