@@ -24,13 +24,13 @@ def network(tokens, vision_config):
     """A fresh `VisionEncoderDecoderModel` over an eye of that config, 1.1 M weights in all."""
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
-    special = {"bos_token_id": tokens.pad_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    special = {"bos_token_id": tokens.pad_token_id, "eos_token_id": tokens.eos_token_id}
     tongue = GPT2Config(
         vocab_size=len(tokens), n_positions=LENGTH, n_embd=vision_config.hidden_size, n_layer=2, n_head=4, add_cross_attention=True,
         is_decoder=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special,
     )  # fmt: skip
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        vision_config, tongue, decoder_start_token_id=tokens.pad_token_id, **special
+        vision_config, tongue, decoder_start_token_id=tokens.pad_token_id, pad_token_id=tokens.pad_token_id, **special
     )
     return VisionEncoderDecoderModel(config=config)
 

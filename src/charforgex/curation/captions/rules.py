@@ -35,9 +35,9 @@ class CaptionRules:
 
     def __post_init__(self):
         if self.trigger is not None and not self.trigger.strip():
-            raise ConfigError('captions.trigger="" names nothing; leave it null, or choose a word that means nothing, such as zatoki.')
+            raise ConfigError('The trigger "" names nothing; leave it null, or choose a word that means nothing, such as zatoki.')
         if self.class_word is not None and not self.class_word.strip():
-            raise ConfigError('captions.class_word="" names nothing; leave it null, or say what the character is, such as woman.')
+            raise ConfigError('The class word "" names nothing; leave it null, or say what the character is, such as woman.')
 
     @property
     def phrase(self) -> str | None:
