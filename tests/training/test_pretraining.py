@@ -56,14 +56,14 @@ def test_captioner_begins_with_clips_eye_and_loads_as_the_package_loads_it(folde
     assert provenance(result, "captioner")["pictures_seen"] == 16
 
 
-def test_faces(folder):
-    result = train(folder, "faces", pictures=20, batch_size=4)
-    assert set(result["measures"]) == {"recall", "precision", "landmark_error"}
-    assert provenance(result, "detector")["pictures_seen"] == 8
-    fresh = load_detector(folder / "faces" / "weights")
-    assert fresh(torch.zeros(1, 3, 64, 96)).shape == (1, 15, 16, 24)
-    again = train(folder / "again", "faces", start="embedded", pictures=20, batch_size=4)
-    assert provenance(again, "detector")["before"]["steps"] > 100, "it goes on from the embedded one"
+def test_faces_goes_on_from_the_embedded_one(folder):
+    result = train(folder, "faces", start="embedded", pictures=20, batch_size=4)
+    assert result["measures"]["recall"] > 0.6 and result["measures"]["precision"] > 0.6 and result["measures"]["landmark_error"] < 0.1
+    told = provenance(result, "detector")
+    assert told["pictures_seen"] == 8 and told["before"]["steps"] > 100
+    trained, embedded = load_detector(folder / "faces" / "weights"), load_detector()
+    differences = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), embedded.parameters(), strict=True)]
+    assert 0 < max(differences) < 0.2
 
 
 def test_base_goes_on_from_the_embedded_one_and_loads_like_any(folder):
