@@ -317,7 +317,9 @@ def clusters(
     `embeddings` are unit vectors (N, D) of the pictures, zero for those without. Every other of a cluster was compared with the kept one
     itself, so that a chain of small changes is no cluster.
     """
-    if settings.similarity is not None and embeddings is None and len(findings):
+    if not len(findings):
+        return []
+    if settings.similarity is not None and embeddings is None:
         raise ConfigError(
             f"curation.duplicates.similarity={settings.similarity:g} compares pictures' embeddings: set curation.clip, or this to null."
         )
