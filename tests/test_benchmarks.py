@@ -141,3 +141,17 @@ def test_the_first_steps_do_not_count(train_step):
 
 def test_a_slow_round_is_compared_with_itself(train_step):
     assert train_step.in_turn([1.0, 4.0, 2.0], [1.0, 2.0, 1.6]) == pytest.approx(1.25)
+
+
+def test_quick_curation_reports_ratios_stages_and_growth():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "curation.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"} and report["benchmark"] == "curation"
+    wanted = {"scan_vs_decode", "scan_vs_imagehash", "scan_vs_imagededup", "neardup_10k_vs_numpy"}
+    assert report["ratios"].keys() | report["skipped"].keys() == wanted and not report["ratios"].keys() & report["skipped"].keys()
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in report["ratios"].values())
+    values = report["values"]
+    assert report["ratios"]["scan_vs_decode"] == pytest.approx(values["ms_per_picture"]["scan"] / values["ms_per_picture"]["scan_decode"])
+    assert [row["pairs"] >= int(count) // 20 for count, row in values["growth"].items()] == [True] * 3
+    assert {"read", "sha256", "decode", "measure", "thumbnail", "fingerprint", "compare"} == set(values["pictures_per_second"])

@@ -80,7 +80,12 @@ class Cluster(NamedTuple):
 def thumbnail(pixels: np.ndarray | Image.Image) -> np.ndarray:
     """uint8 (SIDE, SIDE, 3): the picture squeezed into a square, averaged down. `pixels` is uint8 (H, W, 3) or (H, W), or PIL."""
     pixels = np.asarray(pixels)
-    small = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA if min(pixels.shape[:2]) >= SIDE else cv2.INTER_LINEAR)
+    height, width = pixels.shape[:2]
+    times = min(height, width) // (2 * SIDE)
+    if times > 1:  # whole numbers of pixels are averaged several times as fast
+        kept = pixels[: height // times * times, : width // times * times]
+        pixels = cv2.resize(kept, (width // times, height // times), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA if min(height, width) >= SIDE else cv2.INTER_LINEAR)
     return small if small.ndim == 3 else np.repeat(small[..., None], 3, axis=2)
 
 

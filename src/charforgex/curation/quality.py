@@ -167,7 +167,7 @@ def sharpness(grey: np.ndarray) -> float:
 
     How fast a blurred edge rises, in shares of its height, depends on the blur and not on what is shown; so drawings and photographs share
     one scale. A single step from black to 200 that was blurred by a Gaussian of 1, 2, 3, 4 pixels has 0.90, 0.60, 0.44, 0.34, one of half
-    the height about a fifth less.
+    the height about a third less.
     The steepest fifth of the edges counts: a sharp person before a soft background is sharp.
     1 where there is no edge to tell by.
     """
