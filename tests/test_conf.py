@@ -1,5 +1,6 @@
 """Every file in conf/ and sweeps/ that a user may name composes, and its values fit the training's signatures."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def filled(name, overrides):
         return compose(name, [*overrides, *(f"{key}=given" for key in wanted)])
 
 
-CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
+CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "curation", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
 CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora"}
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
 
@@ -50,4 +51,18 @@ def test_each_yaml_says_what_it_is_for():
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
         lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
         if path.parent.name in ("conf", "experiment", "debug", "sweep"):
-            assert lines[0].startswith("# python "), f"{path.relative_to(ROOT)} does not open with the command that uses it"
+            assert lines[0].startswith(("# python ", "# charforgex ")), f"{path.relative_to(ROOT)} does not open with the command that uses it"
+
+
+def test_curations_yaml_and_its_signatures_agree():
+    """Every option stands in conf/curation/default.yaml, with the value that it has where nobody composes a config."""
+    from charforgex.config import bind
+    from charforgex.curation.settings import CurationSettings
+
+    shown = filled("curate", []).curation
+    assert bind(CurationSettings, shown, "curation") == CurationSettings()
+    told = asdict(CurationSettings())
+    assert set(shown) == set(told)
+    for part, options in told.items():
+        if isinstance(options, dict):
+            assert set(shown[part]) == set(options), part

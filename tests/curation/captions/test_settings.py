@@ -1,24 +1,15 @@
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
-from charforgex.binding import bind
 from charforgex.curation.captions.settings import CaptionSettings
 from charforgex.errors import ConfigError
-
-YAML = Path(__file__).parents[3] / "conf" / "curation" / "captions.yaml"
-
-
-def test_the_yaml_says_the_defaults():
-    assert bind(CaptionSettings, OmegaConf.load(YAML), "captions") == CaptionSettings()
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"backend": "blip3"}, "captions.backend=blip3 is not among the choices.*did you mean blip2"),
-        ({"max_tokens": 64}, "captions.max_tokens=64 has an effect only in blip2, florence, chat, endpoint; captions.backend is charworld"),
+        ({"max_tokens": 64}, "captions.max_tokens=64 has an effect only in blip2, florence, chat, endpoint; captions.backend is sidecar"),
         ({"backend": "tagger", "source": "x", "prompt": "a"}, "captions.prompt=a has an effect only in blip2"),
         ({"backend": "chat"}, "captions.source is not set; chat needs a model that talks about pictures"),
         ({"backend": ("chat", "blip2"), "source": "x"}, r"captions.source=x: whose\? Say captions.source={chat: x, blip2: ...}"),

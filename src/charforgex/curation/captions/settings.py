@@ -40,7 +40,7 @@ TURN = (
 class CaptionSettings:
     """`backend` is one, or several for their ensemble; then `source` is a mapping by backend where more than one takes it."""
 
-    backend: str | tuple[str, ...] = "charworld"
+    backend: str | tuple[str, ...] = "sidecar"
     source: str | dict[str, str] | None = None
     batch_size: Annotated[int, Range(at_least=1)] = 8
     max_tokens: Annotated[int, Range(at_least=1)] = 128
