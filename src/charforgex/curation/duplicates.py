@@ -320,7 +320,7 @@ def clusters(
 
     `findings` are read once in order, then those of clusters; `thumbnails(i)` is finding i's `thumbnail`, asked for candidates only.
     `embeddings` are unit vectors (N, D) of the pictures, zero for those without. Every other of a cluster was compared with the kept one
-    itself, so that a chain of small changes is no cluster.
+    itself, or is a cropped or turned copy of one that was: a chain of small changes is no cluster.
     """
     if not len(findings):
         return []
@@ -354,13 +354,21 @@ def clusters(
             elif reason := _compare(ways[i], thumbnails(kept), thumbnails(i), settings):
                 reasons[i] = reason
         taken |= reasons.keys()
+        name = findings[kept].name
+        reasons = {i: f"nearly the same as {name}: {reason}" for i, reason in reasons.items()}
+        for through in list(reasons):  # a cropped or turned copy of a copy may be too far from the kept one to be seen as its own
+            for i, ways in near.of(through).items():
+                if rank[i] <= rank[kept] or i in taken or min(ways)[1:3] == (0, 0):
+                    continue
+                if reason := _compare(ways, thumbnails(through), thumbnails(i), settings):
+                    reasons[i] = f"nearly the same as {findings[through].name}, which is nearly the same as {name}: {reason}"
+                    taken.add(i)
         if not reasons and kept not in same:
             continue
-        name = findings[kept].name
         found[kept] = {i: f"the same file as {name}" for i in same.get(kept, ())}
         for i, reason in reasons.items():
-            found[kept][i] = f"nearly the same as {name}: {reason}"
-            found[kept] |= {copy: f"the same file as {findings[i].name}, nearly the same as {name}: {reason}" for copy in same.get(i, ())}
+            found[kept][i] = reason
+            found[kept] |= {copy: f"the same file as {findings[i].name}, {reason}" for copy in same.get(i, ())}
     return [Cluster(kept, found[kept]) for kept in sorted(found)]
 
 
