@@ -269,7 +269,9 @@ COMMANDS = f"""{PRETRAIN} pretrain.stage=vae trainer.steps=5000 optimizer.lr=3e-
 {PRETRAIN} pretrain.family=flux pretrain.stage=text trainer.steps=500 optimizer.lr=3e-3 pretrain.batch_size=64
 {PRETRAIN} pretrain.family=flux pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5
 {PRETRAIN} pretrain.family=flux pretrain.stage=guidance loss.timesteps=logit_normal loss.shift=1.5 pretrain.start=embedded
-{PRETRAIN} pretrain.family=sd3 pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5"""
+{PRETRAIN} pretrain.family=sd3 pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5
+{PRETRAIN} pretrain.stage=faces trainer.steps=1500
+{PRETRAIN} pretrain.stage=captioner trainer.steps=1200 pretrain.batch_size=48"""
 
 
 def main() -> None:
