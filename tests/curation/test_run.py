@@ -32,8 +32,8 @@ def curate(folder, **more):
 def made(tmp_path_factory):
     """(folder, expected classes, result.json)."""
     folder = tmp_path_factory.mktemp("curated")
-    expected = write_mess(folder / "raw", 0, COUNTS, 128)
-    expected |= write_archive(folder / "raw/pack.zip", 0, 1, 128)
+    expected = write_mess(folder / "raw", 0, COUNTS, 192)
+    expected |= write_archive(folder / "raw/pack.zip", 0, 1, 192)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "raw").iterdir()}
     result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "raw").iterdir()} == before, "nothing is changed"

@@ -355,17 +355,21 @@ def _tiles(pixels: np.ndarray) -> list[np.ndarray]:
 def _frame(grey: np.ndarray) -> tuple[int, int, int, int]:
     """Rows and columns of one grey at the top, bottom, left and right that end in a straight line: a frame or black bars.
 
-    A plain background ends at the outline of what is shown, not in a line; it is no frame.
+    A plain background ends at the outline of what is shown, not in a line; it is no frame. Nor is a band on one side, such as a stripe of a
+    shirt: a frame has two sides of one colour at least.
     """
 
-    def depth(lines: np.ndarray) -> int:
-        colour = np.median(lines[0])
-        off = np.abs(lines[: len(lines) // 2].astype(np.int16) - int(colour)) > 10
+    def depth(lines: np.ndarray) -> tuple[int, int]:
+        colour = int(np.median(lines[0]))
+        off = np.abs(lines[: len(lines) // 2].astype(np.int16) - colour) > 10
         share = off.mean(axis=1)
         bare = share < 0.01
         first = int(np.argmin(bare)) if not bare.all() else 0
-        if not first:
-            return 0
-        return first if share[first : first + 3].max() > 0.6 else 0
+        return (first if first and share[first : first + 3].max() > 0.6 else 0), colour
 
-    return depth(grey), depth(grey[::-1]), depth(grey.T), depth(grey.T[::-1])
+    def bars(lines: np.ndarray) -> tuple[int, int]:
+        (one, colour), (other, opposite) = depth(lines), depth(lines[::-1])
+        alike = abs(colour - opposite) <= 10 and min(one, other) >= 0.5 * max(one, other)
+        return (one, other) if alike else (0, 0)
+
+    return *bars(grey), *bars(grey.T)
