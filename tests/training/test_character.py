@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from charforgex.config import compose
+from charforgex.data import mess
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.lora.inject import adapter_parameters, inject
@@ -27,12 +28,19 @@ def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
 
 
 def test_a_demo_character_is_a_folder_like_any_other(tmp_path):
-    character = find_character(compose("train", ["data.source=charworld:4"]), tmp_path)
+    character = find_character(compose("train", ["data.source=charworld:4", "curation=null"]), tmp_path)
     assert character.trigger.split()[0] == "zatoki" and character.others == "charworld:4"
     assert len(list(character.source.glob("*.png"))) == len(list(character.source.glob("*.txt"))) == 30
     captions = {path.read_text() for path in character.source.glob("*.txt")}
     assert all(character.trigger in caption for caption in captions)
     assert not any(word in caption for caption in captions for word in ("in outer space", "at sunset", "underwater", "hair", "skin"))
+
+
+def test_with_curation_the_demos_folder_is_a_mess(tmp_path):
+    character = find_character(compose("train"), tmp_path)
+    names = [path.name for path in character.source.iterdir()]
+    assert len(names) == sum(mess.DEMO.values()) > 40 and not any(name.endswith(".txt") for name in names)
+    assert find_character(compose("train"), tmp_path) == character
 
 
 def test_prompts_that_need_a_trigger_need_one():

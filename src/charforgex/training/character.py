@@ -20,6 +20,8 @@ from charforgex.config import bind, conf_folder
 from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
 from charforgex.data.datamodule import CharacterData, LoadParts
+from charforgex.data.mess import DEMO as MESS
+from charforgex.data.mess import write_mess
 from charforgex.data.rendered import trigger_of, write_character
 from charforgex.embedders import get_embedder
 from charforgex.errors import ConfigError, DataError
@@ -48,8 +50,8 @@ from charforgex.training.optimizers import build_optimizer, check_optimizer, sch
 from charforgex.training.run import DEMO, Clock, Settings, data_options
 from charforgex.types import Components
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEMO_PICTURES = 30
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SPARE_BYTES = 64 << 20  # besides the checkpoints: samples, logs, curves
 
 
@@ -168,7 +170,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
 
 
 def find_character(cfg: DictConfig, run_dir: Path) -> Character:
-    """Where the pictures are. A demo character becomes a folder of raw pictures like any other, and brings its trigger."""
+    """Where the pictures are. A demo character becomes a folder like any other, and brings its trigger: raw pictures among what curation is
+    to find, without captions; where there is no curation, clean ones with captions."""
     source, others = str(cfg.data.source), cfg.evaluation.others
     if not source.startswith(DEMO):
         return Character(Path(source), cfg.data.trigger, others)
@@ -178,7 +181,10 @@ def find_character(cfg: DictConfig, run_dir: Path) -> Character:
     if cfg.data.trigger is not None:
         raise ConfigError(f"data.trigger={cfg.data.trigger} has no effect with data.source={source}, whose captions have their own.")
     folder = run_dir / "pictures"
-    if not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
+    if "curation" in cfg:
+        if not folder.is_dir() or len(list(folder.iterdir())) < sum(MESS.values()):
+            write_mess(folder, int(number), captions=False)
+    elif not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
         write_character(folder, int(number), DEMO_PICTURES)
     return Character(folder, trigger_of(int(number)), others or source)
 
@@ -196,6 +202,8 @@ def curated(job: Job) -> tuple[Path, int | None]:
     settings = bind(CurationSettings, cfg.curation, "curation")
     if val_count is not None:
         settings = replace(settings, split=replace(settings.split, val=val_count))
+    if cfg.data.subject_weight == 1:
+        settings = replace(settings, masks="none")  # nothing would look at them
     if str(cfg.data.source).startswith(DEMO) and settings.captions.backend == "sidecar":
         settings = replace(settings, captions=replace(settings.captions, backend="charworld"))
     made = make_dataset(Source(str(source), job.character.trigger), settings, job.run_dir / "dataset", Path(cfg.cache_dir), job.console)
