@@ -27,8 +27,8 @@ def filled(name, overrides):
         return compose(name, [*overrides, *(f"{key}=given" for key in wanted)])
 
 
-CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "curation", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
-CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora"}
+CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
+CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora", "curation": "curation"}
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
 
 
@@ -51,7 +51,8 @@ def test_each_yaml_says_what_it_is_for():
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
         lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
         if path.parent.name in ("conf", "experiment", "debug", "sweep"):
-            assert lines[0].startswith(("# python ", "# charforgex ")), f"{path.relative_to(ROOT)} does not open with the command that uses it"
+            opening = ("# python ", "# charforgex ")
+            assert lines[0].startswith(opening), f"{path.relative_to(ROOT)} does not open with the command that uses it"
 
 
 def test_curations_yaml_and_its_signatures_agree():
