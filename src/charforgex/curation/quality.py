@@ -45,7 +45,7 @@ class QualitySettings:
     max_low: Grey | None = 190.0
     min_contrast: Grey | None = 30.0
     max_noise: Annotated[float, Range(above=0)] | None = 10.0
-    max_blocks: Annotated[float, Range(above=0)] | None = 1.2
+    max_blocks: Annotated[float, Range(above=0)] | None = 3.0
     min_jpeg_quality: Annotated[int, Range(at_least=1, at_most=100)] | None = 25
     max_border: Share | None = 0.1
     max_text: Share | None = 0.01
@@ -224,11 +224,12 @@ def noise(tiles: Sequence[np.ndarray]) -> float:
 def blocks(tiles: Sequence[np.ndarray]) -> float:
     """How much the grid of 8-pixel blocks stands out, in grey levels: the mean extra step at the grid's lines against their neighbours.
 
-    Where the grid lies is tried out, so a cropped picture tells as well; one that was scaled after the compression does not.
+    Where the grid lies is tried out, so a cropped picture tells as well; one that was scaled after the compression does not. Where nothing
+    changes at all, as in a drawing's flat areas, there is nothing to go by, and it does not count.
     """
     steps = []
     for axis in (0, 1):
-        total, count = np.zeros(8), 0
+        total, active = np.zeros(8), 0.0
         for tile in tiles:
             values = tile.astype(np.int16) if axis else tile.T.astype(np.int16)
             step = np.abs(np.diff(values, axis=1))
@@ -236,11 +237,9 @@ def blocks(tiles: Sequence[np.ndarray]) -> float:
             # steps of many grey levels are edges of what is shown
             extra = np.where(step[:, 1:-1] < EDGE, extra, 0)
             width = extra.shape[1] // 8 * 8
-            if not width:
-                continue
-            total += extra[:, :width].reshape(len(extra), -1, 8).mean(axis=(0, 1))
-            count += 1
-        mean = total / max(count, 1)
+            total += extra[:, :width].reshape(len(extra), -1, 8).sum(axis=(0, 1))
+            active += np.count_nonzero(step[:, 1:-1] + step[:, :-2] + step[:, 2:]) / 8
+        mean = total / max(active, 1000.0)
         steps.append(mean.max() - np.median(mean))
     return float(min(steps))
 
