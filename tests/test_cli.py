@@ -143,6 +143,14 @@ def test_the_console_script_knows_its_commands(capsys):
         assert exited.value.code == code and said in captured.out + captured.err
 
 
+def test_curate_report_only_looks(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "run", lambda command, arguments: called.append((command, arguments)))
+    cli.main(["curate", "report", "data.root=x"])
+    cli.main(["curate", "data.root=report"])
+    assert called == [("curate", ["only_report=true", "data.root=x"]), ("curate", ["data.root=report"])]
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_scripts_and_console_script_are_the_same_program(command, tmp_path):
     """From another folder, with an unknown setting: the same answer, and nothing heavy was imported for it."""

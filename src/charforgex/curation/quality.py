@@ -45,7 +45,7 @@ class QualitySettings:
     max_low: Grey | None = 190.0
     min_contrast: Grey | None = 30.0
     max_noise: Annotated[float, Range(above=0)] | None = 10.0
-    max_blocks: Annotated[float, Range(above=0)] | None = 3.0
+    max_blocks: Annotated[float, Range(above=0)] | None = 3.6
     min_jpeg_quality: Annotated[int, Range(at_least=1, at_most=100)] | None = 25
     max_border: Share | None = 0.1
     max_text: Share | None = 0.01

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -28,13 +29,14 @@ from charforgex.curation.items import Finding, Item
 from charforgex.curation.pictures import decode_picture, verdict_of
 from charforgex.curation.settings import ScanSettings
 from charforgex.errors import DataError
+from charforgex.quiet import quiet
 from charforgex.runs import fsync_folder, write_json
 
 if TYPE_CHECKING:
     from charforgex.curation.faces import Detector
     from charforgex.embedders import Clip, Embedder
 
-VERSION = 1
+VERSION = 2
 PREVIEW = 160  # pixels of the longer side of what the report shows
 TOGETHER = 32  # pictures embedded at a time
 FOLDER = "shards"
@@ -55,6 +57,7 @@ class Tools:
 
 @cache
 def tools(settings: str) -> Tools:
+    import cv2
     import torch
 
     from charforgex.curation.faces import get_detector
@@ -63,12 +66,14 @@ def tools(settings: str) -> Tools:
     told = bind(ScanSettings, json.loads(settings), "curation")
     if os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(1)
-    return Tools(
-        get_detector(told.faces),
-        get_embedder(told.embedder, faces=True),
-        get_clip(told.clip) if told.clip else None,
-        quality.get_assessor(told.assessor) if told.assessor else None,
-    )
+        cv2.setNumThreads(1)
+    with quiet("transformers"):
+        return Tools(
+            get_detector(told.faces),
+            get_embedder(told.embedder, faces=True),
+            get_clip(told.clip) if told.clip else None,
+            quality.get_assessor(told.assessor) if told.assessor else None,
+        )
 
 
 def scan(job: Job) -> str:
@@ -102,18 +107,39 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:40]
 
 
+class Column:
+    """Rows of numbers of one shape, appended to a file as they come: a shard of a long video holds none of them in memory."""
+
+    def __init__(self, folder: Path, name: str, kind: type):
+        self.file, self.kind, self.shape = (folder / f"{name}.bin").open("wb"), kind, [0]
+
+    def add(self, row: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(row, self.kind))
+        self.shape = [self.shape[0] + 1, *np.shape(row)]
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+COLUMNS: dict[str, type] = {"faces": np.float32, "pictures": np.float32, "thumbnails": np.uint8, "previews": np.int64}
+
+
 def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings: str) -> None:
+    """findings.jsonl, the columns beside it, their shapes, and the previews as one file that the column of that name has the ends of."""
     told = bind(ScanSettings, json.loads(settings), "curation")
-    faces, pictures, thumbnails, previews = [], [], [], [0]
-    with open(folder / "findings.jsonl", "w", encoding="utf-8") as file, open(folder / "previews.bin", "wb") as shown:
+    columns = {name: Column(folder, name, kind) for name, kind in COLUMNS.items()}
+    rows = ended = 0
+    with open(folder / "findings.jsonl", "w", encoding="utf-8") as file, open(folder / "previews.jpg", "wb") as shown:
         pending: list[tuple[Finding, Image.Image | None]] = []
 
         def flush() -> None:
             decoded = [(finding, picture) for finding, picture in pending if picture is not None]
             if decoded:
-                found_faces, found_pictures = embed(decoded, tools(settings))
-                faces.extend(found_faces)
-                pictures.extend(found_pictures)
+                for name, vectors in zip(("faces", "pictures"), embed(decoded, tools(settings)), strict=True):
+                    for vector in vectors:
+                        columns[name].add(vector)
             assessor = tools(settings).assessor if decoded else None
             opinions = iter(assessor([picture for _, picture in decoded]) if assessor else ())
             for finding, picture in pending:
@@ -122,15 +148,15 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
                 file.write(json.dumps(finding.to_json(), ensure_ascii=False) + "\n")
             pending.clear()
 
-        rows = 0
         for unit in units:
             for item in ingest.items(root, unit, told.ingest):
-                finding, picture = examine(item, told, settings)
+                finding, picture, thumbnail = examine(item, told, settings)
                 if picture is not None:
-                    finding, rows = Finding(**{**vars(finding), "row": rows}), rows + 1
-                    thumbnails.append(duplicates.thumbnail(picture))
+                    finding, rows = replace(finding, row=rows), rows + 1
+                    columns["thumbnails"].add(thumbnail)
                     picture = bounded(picture)
-                    previews.append(previews[-1] + shown.write(preview(picture)))
+                    ended += shown.write(preview(picture))
+                    columns["previews"].add(np.array(ended))
                 pending.append((finding, picture))
                 if len(pending) >= TOGETHER:
                     flush()
@@ -138,23 +164,15 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
         for written in (file, shown):
             written.flush()
             os.fsync(written.fileno())
-    _save(folder / "faces.npy", np.array(faces, np.float32) if faces else np.zeros((0, 0), np.float32))
-    _save(folder / "pictures.npy", np.array(pictures, np.float32) if pictures else np.zeros((0, 0), np.float32))
-    _save(folder / "thumbnails.npy", np.array(thumbnails, np.uint8).reshape(-1, duplicates.SIDE, duplicates.SIDE, 3))
-    _save(folder / "previews.npy", np.array(previews, np.int64))
+    for column in columns.values():
+        column.close()
+    write_json(folder / "shapes.json", {name: column.shape for name, column in columns.items()})
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Image.Image | None]:
-    """What is known of an item, but for the embeddings; and its picture, upright sRGB, unless it cannot be decoded."""
+def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Image.Image | None, np.ndarray | None]:
+    """What is known of an item, but for the embeddings; its picture, upright sRGB, and thumbnail, unless it cannot be decoded."""
     if item.verdict is not None:
-        return Finding(item.name, verdict=item.verdict, captions=item.captions), None
+        return Finding(item.name, verdict=item.verdict, captions=item.captions), None, None
     content = item.data if item.data is not None else item.picture.tobytes()
     known = Finding(
         item.name, sha256=hashlib.sha256(content).hexdigest(), captions=item.captions,
@@ -163,14 +181,13 @@ def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Ima
     try:
         picture = item.picture or decode_picture(item.data, told.ingest.background, told.ingest.max_pixels)
     except DataError as error:
-        return Finding(**{**vars(known), "verdict": verdict_of(error)}), None
+        return replace(known, verdict=verdict_of(error)), None, None
     pixels = np.asarray(picture)
-    return Finding(
-        **{
-            **vars(known), "width": picture.width, "height": picture.height, "scores": quality.measure(pixels, item.data),
-            "fingerprint": duplicates.fingerprint(pixels).hex, "faces": tuple(tools(settings).detector.detect(pixels)),
-        }
-    ), picture  # fmt: skip
+    thumbnail = duplicates.thumbnail(pixels)
+    return replace(
+        known, width=picture.width, height=picture.height, scores=quality.measure(pixels, item.data),
+        fingerprint=duplicates.fingerprint(thumbnail).hex, faces=tuple(tools(settings).detector.detect(pixels)),
+    ), picture, thumbnail  # fmt: skip
 
 
 def bounded(picture: Image.Image, side: int = 1024) -> Image.Image:
@@ -265,7 +282,11 @@ class Findings(Sequence[Finding]):
         return Chosen(self, indices)
 
     def _array(self, number: int, name: str) -> np.ndarray:
-        return np.load(self.folders[number] / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        folder = self.folders[number]
+        shape = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))[name]
+        if not math.prod(shape):
+            return np.zeros(shape, COLUMNS[name])  # an empty file cannot be mapped
+        return np.memmap(folder / f"{name}.bin", COLUMNS[name], "r", shape=tuple(shape))
 
     def face_vectors(self, index: int) -> np.ndarray:
         """(F, D) of the faces of finding `index`, in their order."""
@@ -287,10 +308,11 @@ class Findings(Sequence[Finding]):
         row = self[index].row
         if row is None:
             return None
-        first, last = self._array(number, "previews")[row : row + 2]
-        with open(self.folders[number] / "previews.bin", "rb") as file:
-            file.seek(int(first))
-            return file.read(int(last - first))
+        ends = self._array(number, "previews")
+        first = int(ends[row - 1]) if row else 0
+        with open(self.folders[number] / "previews.jpg", "rb") as file:
+            file.seek(first)
+            return file.read(int(ends[row]) - first)
 
     def _row(self, index: int, name: str) -> np.ndarray | None:
         number, _ = self._place(index)
