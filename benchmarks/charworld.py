@@ -235,9 +235,9 @@ Less than three quarters of what real renders show: {weaknesses}. More pre-train
 
 ## LoRAs of five held-out characters, default settings
 
-`python train.py family=F data.source=charworld:N`. Identity is the cosine to held-out references in the judge's embedding; gain is
-(LoRA - base) / (real - base), where base is the base model with the same trigger. *Traits*: share of the character's named traits that are
-read off the LoRA's pictures / off real ones. *Prompt*: share of the asked context that is shown, LoRA / base.
+`python train.py family=flux data.source=charworld:0` and so on. Identity is the cosine to held-out references in the judge's embedding;
+gain is (LoRA - base) / (real - base), where base is the base model with the same trigger. *Traits*: share of the character's named traits
+that are read off the LoRA's pictures / off real ones. *Prompt*: share of the asked context that is shown, LoRA / base.
 
 {verdicts(found)}
 

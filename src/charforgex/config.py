@@ -230,8 +230,17 @@ def complaints(search: Search, overrides: Iterable[str]) -> Iterator[str]:
             continue
         if override.is_delete():
             yield NEEDED.format(key)
-        elif next(_strange(_nested(key), shape), None):
+        elif next(_strange(_nested(key), shape), None) or _within_a_list(key, shape):
             yield unknown(key, valid)
+
+
+def _within_a_list(key: str, shape: Any) -> bool:
+    """Whether a dotted key goes on behind a list: Hydra takes what follows for a number, and has no words if it is none."""
+    for part in key.split("."):
+        if isinstance(shape, list):
+            return not part.isdigit()
+        shape = shape.get(part) if isinstance(shape, dict) else None
+    return False
 
 
 def group_choices(loader: ConfigLoaderImpl, config_name: str) -> dict[str, list[str]]:

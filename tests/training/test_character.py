@@ -28,7 +28,7 @@ def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
 
 
 def test_a_demo_character_is_a_folder_like_any_other(tmp_path):
-    character = find_character(compose("train", ["data.source=charworld:4", "curation=null"]), tmp_path)
+    character = find_character(compose("train", ["data.source=charworld:4", "curation=none"]), tmp_path)
     assert character.trigger.split()[0] == "zatoki" and character.others == "charworld:4"
     assert len(list(character.source.glob("*.png"))) == len(list(character.source.glob("*.txt"))) == 30
     captions = {path.read_text() for path in character.source.glob("*.txt")}

@@ -181,7 +181,7 @@ def find_character(cfg: DictConfig, run_dir: Path) -> Character:
     if cfg.data.trigger is not None:
         raise ConfigError(f"data.trigger={cfg.data.trigger} has no effect with data.source={source}, whose captions have their own.")
     folder = run_dir / "pictures"
-    if "curation" in cfg:
+    if cfg.get("curation"):
         if not folder.is_dir() or len(list(folder.iterdir())) < sum(MESS.values()):
             write_mess(folder, int(number), captions=False)
     elif not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
@@ -194,7 +194,7 @@ def curated(job: Job) -> tuple[Path, int | None]:
     folder, else the source as it is."""
     cfg, source = job.cfg, job.character.source
     val_count = cfg.data.val_count
-    if "curation" not in cfg or not source.is_dir():
+    if not cfg.get("curation") or not source.is_dir():
         return source, val_count
     from charforgex.curation.run import Source, make_dataset
     from charforgex.curation.settings import CurationSettings

@@ -67,7 +67,7 @@ def check(cfg: DictConfig) -> Settings:
     objective = bind(Objective, cfg.loss, "loss")
     if cfg.data.class_word is not None and not objective.prior_weight:
         raise ConfigError(f"data.class_word={cfg.data.class_word} has no effect with loss.prior_weight=0; set loss.prior_weight=1.")
-    if "curation" in cfg:
+    if cfg.get("curation"):
         from charforgex.curation.settings import CurationSettings
 
         bind(CurationSettings, cfg.curation, "curation")
