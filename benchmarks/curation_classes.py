@@ -52,7 +52,7 @@ def run(folder: Path, number: int, counts: dict[str, int]) -> list[tuple[str, st
     for name, wanted in expected.items():
         row, done = found[name], "archive" if name.startswith("pack.zip") else kinds[int(name[:4])]
         if row["kind"] != wanted:
-            print(f"  {done:<14} {wanted:<15} {row['class']:<15} {name}: {row['reason']}")
+            print(f"  {done:<14} {wanted:<15} {row['kind']:<15} {name}: {row['reason']}")
         rows.append((done, wanted, row["kind"]))
     return rows
 
