@@ -145,6 +145,16 @@ def test_a_look_writes_a_report_alone(folder):
     assert read(folder / "look")["analysis"]["num_pictures"] == 9
 
 
+def test_where_nobody_is_in_most_pictures_nobody_is_set_aside(tmp_path):
+    """As with photographs, of which charworld's judge knows nothing: better all than a guess."""
+    for number in range(6):
+        write_mess(tmp_path / "raw" / str(number), number, {"kept": 1}, 128, captions=False)
+    curate(tmp_path, only_report=True)
+    told = read(tmp_path / "out")
+    assert told["classes"] == {"kept": 6}
+    assert any("too few to set the others aside" in note for note in told["notes"])
+
+
 def test_what_cannot_be_curated_is_told(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match="has no files"):

@@ -30,6 +30,7 @@ from charforgex.runs import write_atomic
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
 FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
+MOST = 0.5  # share of the pictures with a face that must show one person for the others to be somebody else
 NOTED = 20  # pictures with trouble that are named on the screen; the report has all
 
 
@@ -121,6 +122,14 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
         decided.notes.append(
             f"A face was found in {with_face} of {len(left)} pictures only, so none is asked for; curation.faces.detector has others."
         )
+    if character is None and wanted.same_person and (known := most_frequent(findings, left, wanted.threshold)) is not None:
+        character, share = known
+        if share < MOST:
+            character, wanted = None, replace(wanted, same_person=False)
+            decided.notes.append(
+                f"As far as the embedder {settings.embedder} can tell, the most frequent face is in {share:.0%} of the pictures that have "
+                "one: too few to set the others aside. Name curation.people.references, or a curation.embedder that knows such faces."
+            )
     chosen = findings.only(left)
     found = people.decide(chosen, lambda place: findings.face_vectors(left[place]), wanted, settings.crops, character)
     for index, decision in zip(left, found, strict=True):
@@ -130,6 +139,16 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
             decided.faces[index] = decision.face
     bar.step()
     return decided
+
+
+def most_frequent(findings: Findings, indices: Sequence[int], threshold: float) -> tuple[people.Character, float] | None:
+    """Whoever is in most pictures, and the share of the pictures with a face that show them. None where there is no face."""
+    with_face = [index for index in indices if findings[index].faces]
+    if not with_face:
+        return None
+    found = people.most_frequent(np.concatenate([findings.face_vectors(index) for index in with_face]), threshold)
+    shown = sum(float((findings.face_vectors(index) @ found.vector).max()) >= threshold for index in with_face)
+    return found, shown / len(with_face)
 
 
 def vectors_of(findings: Findings, indices: Sequence[int]) -> np.ndarray | None:

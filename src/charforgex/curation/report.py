@@ -138,6 +138,8 @@ def summary(console: Console, report: Mapping[str, Any], page: Path | None = Non
     kept = (f"{steps[-1]['count']:,}", "bold green")
     console.print(Text.assemble(kept, f" of {steps[0]['count']:,} files are kept", f" ({sides})" if sides else ""))
     console.print(table)
+    for note in report["notes"]:
+        console.print(Text.assemble(("! ", "yellow"), note))
     for piece in report["recommendations"][:5]:
         console.print(Text.assemble(("→ ", "yellow"), piece["text"]))
     if len(report["recommendations"]) > 5:
