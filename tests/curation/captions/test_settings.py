@@ -1,4 +1,3 @@
-
 import pytest
 
 from charforgex.curation.captions.settings import CaptionSettings
