@@ -141,7 +141,7 @@ class SlurmArray:
     def __init__(self, settings: ExecutorSettings):
         if shutil.which("sbatch") is None:
             raise ConfigError(
-                "curation.executor.kind=slurm needs sbatch, which is not on this machine; start it on a login node of the cluster."
+                "curation.executor=slurm needs sbatch, which is not on this machine; start it on a login node of the cluster."
             )
         self.settings = settings
 

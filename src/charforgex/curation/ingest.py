@@ -51,7 +51,9 @@ class IngestSettings:
 
     def __post_init__(self):
         if len(self.background) != 3:
-            raise ConfigError(f"ingest.background={list(self.background)} needs three numbers, red, green and blue, such as [255,255,255].")
+            raise ConfigError(
+                f"curation.ingest.background={list(self.background)} needs three numbers, red, green and blue, such as [255,255,255]."
+            )
 
 
 @dataclass(frozen=True, slots=True)

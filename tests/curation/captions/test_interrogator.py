@@ -130,5 +130,5 @@ def test_any_clip_by_path_and_nothing_else(tmp_path, pictures):
     with pytest.raises(ModelError, match="there is no such folder"):
         get_captioner(CaptionSettings(backend="interrogator", source=str(tmp_path / "none")))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ModelError, match=r"is a bert; captions\.backend=interrogator needs a clip"):
+    with pytest.raises(ModelError, match=r"is a bert; curation.captions.backend=interrogator needs a clip"):
         get_captioner(settings)

@@ -125,7 +125,7 @@ def test_bfloat16_is_another_captioner(sources, pictures):
 
 
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(sources, tmp_path):
-    with pytest.raises(ModelError, match=r"is a blip-2; captions\.backend=florence needs a florence2"):
+    with pytest.raises(ModelError, match=r"is a blip-2; curation.captions.backend=florence needs a florence2"):
         get_captioner(settings("florence", sources("blip2")))
     with pytest.raises(ModelError, match="there is no such folder"):
         get_captioner(settings("blip2", str(tmp_path / "nothing")))

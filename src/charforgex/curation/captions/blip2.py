@@ -19,7 +19,7 @@ class Blip2Captioner:
     def __init__(self, settings: CaptionSettings):
         self.settings, self.source = settings, check_source(settings, {"blip-2"})
         check_quantise(settings)
-        self.questions = Questions({"any": (settings.prompt or "",)}, "captions.prompt")
+        self.questions = Questions({"any": (settings.prompt or "",)}, "curation.captions.prompt")
         self.reads = self.questions.reads
         shapes = [model_digest(self.source), settings.prompt, settings.max_tokens, settings.dtype, settings.quantise]
         self.name = captioner_name("blip2", Path(self.source).name, shapes)

@@ -20,7 +20,7 @@ class ChatCaptioner:
     def __init__(self, settings: CaptionSettings):
         self.settings, self.source = settings, check_source(settings)
         check_quantise(settings)
-        self.questions = Questions(settings.turns, "captions.turns")
+        self.questions = Questions(settings.turns, "curation.captions.turns")
         self.reads = self.questions.reads | {"turns"}
         shapes = [model_digest(self.source), settings.turns, settings.max_tokens, settings.dtype, settings.quantise]
         self.name = captioner_name("chat", Path(self.source).name, shapes)
@@ -31,7 +31,7 @@ class ChatCaptioner:
 
         processor = load_processor(self.source)
         if not processor.chat_template and not processor.tokenizer.chat_template:
-            raise ModelError(f"captions.source={self.source} has no chat template; take its instruct or chat version.")
+            raise ModelError(f"curation.captions.source={self.source} has no chat template; take its instruct or chat version.")
         return load_model(self.source, AutoModelForImageTextToText, self.settings), processor
 
     def caption(self, pictures: Sequence[Image.Image], contexts: Sequence[Context]) -> list[str]:

@@ -87,7 +87,7 @@ def whole(answer: Answer) -> str:
     """The answer without its thinking, and without the sentence in which it was cut off."""
     text = re.sub(r"<think>.*?</think>", "", answer.text, flags=re.DOTALL).rpartition("</think>")[2]  # some begin inside it
     if "<think>" in text:
-        logger.warning("captions.max_tokens were used up while the model was still thinking: no caption; raise it, to 2048 say.")
+        logger.warning("curation.captions.max_tokens were used up while the model was still thinking: no caption; raise it, to 2048 say.")
         return ""
     text = re.sub(r"</?answer>", "", text).strip()
     if not answer.ended and (ends := [match.end() for match in re.finditer(r"[.!?。！？](?=\s|$)", text)]):

@@ -39,7 +39,7 @@ class EndpointCaptioner:
         self.settings, self.model = settings, settings.source_of("endpoint")
         self.url = _checked(settings.url)
         self.key = _key(settings.key_variable)
-        self.questions = Questions(settings.turns, "captions.turns")
+        self.questions = Questions(settings.turns, "curation.captions.turns")
         self.reads = self.questions.reads | {"turns"}
         self.name = captioner_name("endpoint", self.model, [self.url, self.model, settings.turns, settings.max_tokens])
         self.opener = urllib.request.build_opener(_NoRedirects)
@@ -85,7 +85,8 @@ class EndpointCaptioner:
                     problem = f"{error.code} {error.reason}: {self._safe(error.read(MAX_BYTES))}"
                 if error.code in EVERYTHING or error.code < 400:
                     raise ModelError(
-                        f"{self.url} refuses: {problem}. See to captions.url, captions.source, captions.key_variable."
+                        f"{self.url} refuses: {problem}. See to curation.captions.url, curation.captions.source, "
+                        "curation.captions.key_variable."
                     ) from None
                 if error.code < 500 and error.code not in (408, 429):
                     raise DataError(f"the server says {problem}") from None
@@ -116,9 +117,11 @@ def data_url(picture: Image.Image) -> str:
 def _checked(url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"captions.url={url} is no address of a server; such as http://localhost:8000/v1")
+        raise ConfigError(f"curation.captions.url={url} is no address of a server; such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        raise ConfigError("captions.url has a name, password or query in it, which would be written down; use captions.key_variable.")
+        raise ConfigError(
+            "curation.captions.url has a name, password or query in it, which would be written down; use curation.captions.key_variable."
+        )
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
@@ -126,9 +129,11 @@ def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
     if not (key := os.environ.get(variable, "").strip()):
-        raise ConfigError(f"captions.key_variable={variable}: the environment has no such variable; export {variable}=<key> first.")
+        raise ConfigError(
+            f"curation.captions.key_variable={variable}: the environment has no such variable; export {variable}=<key> first."
+        )
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"captions.key_variable={variable}: what it holds is no key; a line break or a foreign letter is in it.")
+        raise ConfigError(f"curation.captions.key_variable={variable}: what it holds is no key; a line break or a foreign letter is in it.")
     return key
 
 

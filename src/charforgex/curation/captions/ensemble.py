@@ -341,7 +341,9 @@ class Ensemble:
         self.captioners = list(captioners)
         self.weights = list(weights) if weights is not None else [1.0] * len(self.captioners)
         if len(self.weights) != len(self.captioners) or not self.captioners or min(self.weights) < 0 or max(self.weights) <= 0:
-            raise ConfigError(f"captions.weights={self.weights} must be {len(self.captioners)} numbers from 0, one of them above it.")
+            raise ConfigError(
+                f"curation.captions.weights={self.weights} must be {len(self.captioners)} numbers from 0, one of them above it."
+            )
         self.source, self.clip_share, self.scorer = scorer, clip_share, None
         members = [[captioner.name, weight] for captioner, weight in zip(self.captioners, self.weights, strict=True)]
         shapes = [members, clip_share, model_digest(scorer) if scorer else None]

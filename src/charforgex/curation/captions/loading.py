@@ -18,14 +18,19 @@ def check_source(settings: CaptionSettings, model_types: Collection[str] = ()) -
     folder = Path(source).expanduser()
     if not folder.exists():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise ModelError(f"captions.source={source}: there is no such folder, and a hub's name is of the form owner/model.")
+            raise ModelError(f"curation.captions.source={source}: there is no such folder, and a hub's name is of the form owner/model.")
         return source
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"captions.source={source} is no model of transformers: its config.json cannot be read ({error}).") from error
+        raise ModelError(
+            f"curation.captions.source={source} is no model of transformers: its config.json cannot be read ({error})."
+        ) from error
     if model_types and kind not in model_types:
-        raise ModelError(f"captions.source={source} is a {kind}; captions.backend={backend} needs a {' or '.join(sorted(model_types))}.")
+        raise ModelError(
+            f"curation.captions.source={source} is a {kind}; curation.captions.backend={backend} needs a "
+            f"{' or '.join(sorted(model_types))}."
+        )
     return str(folder)
 
 
@@ -38,9 +43,11 @@ def check_quantise(settings: CaptionSettings) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError('captions.quantise=8bit needs bitsandbytes, which is not installed: pip install "charforgex[cuda]".')
     if not torch.cuda.is_available():
-        raise ConfigError("captions.quantise=8bit needs an NVIDIA GPU, and there is none; leave it null.")
+        raise ConfigError("curation.captions.quantise=8bit needs an NVIDIA GPU, and there is none; leave it null.")
     if settings.dtype == "float32":
-        raise ConfigError("captions.dtype=float32 is not how 8-bit weights compute; leave it auto, or captions.quantise null.")
+        raise ConfigError(
+            "curation.captions.dtype=float32 is not how 8-bit weights compute; leave it auto, or curation.captions.quantise null."
+        )
 
 
 def load_model(source: str, auto_class: Any, settings: CaptionSettings) -> Any:
@@ -57,10 +64,10 @@ def load_model(source: str, auto_class: Any, settings: CaptionSettings) -> Any:
     try:
         model, info = auto_class.from_pretrained(source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(f"captions.source={source} cannot be loaded: {error}") from error
+        raise ModelError(f"curation.captions.source={source} cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"captions.source={source} lacks {len(missing)} of the weights that {type(model).__name__} has, such as {missing[0]}."
+            f"curation.captions.source={source} lacks {len(missing)} of the weights that {type(model).__name__} has, such as {missing[0]}."
             " It is of another kind or layout; take the one converted for transformers."
         )
     return (model if settings.quantise else model.to(device)).eval()
@@ -80,7 +87,7 @@ def load_processor(source: str, processor_class: type | None = None) -> Any:
         # Where torchvision is installed its processors would be taken, whose pixels differ: captions must not depend on that.
         processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise ModelError(f"The processor of captions.source={source} cannot be loaded: {error}") from error
+        raise ModelError(f"The processor of curation.captions.source={source} cannot be loaded: {error}") from error
     processor.tokenizer.padding_side = "left"  # answers are written on behind the question
     return processor
 

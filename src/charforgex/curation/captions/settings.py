@@ -78,25 +78,30 @@ class CaptionSettings:
                     not_among(f"captions.{'backend' if backend in self.backends else 'begin'}={backend}", backend, list(USES))
                 )
         if not self.backends or len(set(self.backends)) < len(self.backends):
-            raise ConfigError(f"captions.backend={list(self.backends)} must name each backend once, and at least one.")
+            raise ConfigError(f"curation.captions.backend={list(self.backends)} must name each backend once, and at least one.")
         if "interrogator" in self.backends and self.begin == "interrogator":
-            raise ConfigError("captions.begin=interrogator would begin with itself; use sidecar, a captioner, or null.")
+            raise ConfigError("curation.captions.begin=interrogator would begin with itself; use sidecar, a captioner, or null.")
         self._refuse_unused()
         self._check_ensemble()
         self._check_sources()
         if "any" not in self.turns or not all(self.turns.values()):
             raise ConfigError(
-                f"captions.turns={self.turns} needs `any`, and a question at least in each; captions.turns.any=['Describe it.']"
+                f"curation.captions.turns={self.turns} needs `any`, and a question at least in each; "
+                "curation.captions.turns.any=['Describe it.']"
             )
         if "endpoint" in self._all and not self.url:
-            raise ConfigError("captions.url is not set; the endpoint needs its address, such as captions.url=http://localhost:8000/v1")
+            raise ConfigError(
+                "curation.captions.url is not set; the endpoint needs its address, such as curation.captions.url=http://localhost:8000/v1"
+            )
 
     def _refuse_unused(self) -> None:
         used = set().union(*(USES[backend] for backend in self._all))
         for name in sorted(set().union(*USES.values()) - used):
             if (value := getattr(self, name)) != default(name):
                 users = ", ".join(backend for backend, uses in USES.items() if name in uses)
-                said = f"captions.{name}={value} has an effect only in {users}; captions.backend is {', '.join(self._all)}"
+                said = (
+                    f"curation.captions.{name}={value} has an effect only in {users}; curation.captions.backend is {', '.join(self._all)}"
+                )
                 raise ConfigError(f"{said}. Leave it out, or choose one of these.")
 
     def _check_ensemble(self) -> None:
@@ -104,24 +109,29 @@ class CaptionSettings:
         for name in ("weights", "scorer", "clip_share"):
             useless = alone or (name == "clip_share" and self.scorer is None)
             if useless and (value := getattr(self, name)) != default(name):
-                need = "several of captions.backend" if alone else "captions.scorer"
-                raise ConfigError(f"captions.{name}={value} has an effect only with {need}; leave it out.")
+                need = "several of curation.captions.backend" if alone else "curation.captions.scorer"
+                raise ConfigError(f"curation.captions.{name}={value} has an effect only with {need}; leave it out.")
         for backend in self.weights:
             if backend not in self.backends:
-                raise ConfigError(f"captions.weights.{backend} is read by nothing; captions.backend is {', '.join(self.backends)}.")
+                raise ConfigError(
+                    f"curation.captions.weights.{backend} is read by nothing; curation.captions.backend is {', '.join(self.backends)}."
+                )
 
     def _check_sources(self) -> None:
         takers = [backend for backend in self._all if "source" in USES[backend]]
         if isinstance(self.source, dict):
             for backend in sorted(set(self.source) - set(takers)):
-                raise ConfigError(f"captions.source.{backend} is read by nothing; captions.backend is {', '.join(self._all)}.")
+                raise ConfigError(
+                    f"curation.captions.source.{backend} is read by nothing; curation.captions.backend is {', '.join(self._all)}."
+                )
         elif self.source is not None and len(takers) > 1:
             raise ConfigError(
-                f"captions.source={self.source}: whose? Say captions.source={{{takers[0]}: {self.source}, {takers[1]}: ...}}."
+                f"curation.captions.source={self.source}: whose? Say "
+                f"curation.captions.source={{{takers[0]}: {self.source}, {takers[1]}: ...}}."
             )
         for backend in takers:
             if backend in WANTED and not self.source_of(backend):
-                raise ConfigError(f"captions.source is not set; {backend} needs {WANTED[backend]}.")
+                raise ConfigError(f"curation.captions.source is not set; {backend} needs {WANTED[backend]}.")
 
     def source_of(self, backend: str) -> str | None:
         return self.source.get(backend) if isinstance(self.source, dict) else self.source

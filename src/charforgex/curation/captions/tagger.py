@@ -40,11 +40,15 @@ class Tagger:
             self.source = str(self.folder)
             self.tags, self.categories = read_tags(self.folder / "selected_tags.csv")
         elif self.folder.is_dir() and not (self.folder / "config.json").exists():
-            raise ModelError(f"captions.source={source} has neither model.onnx (beside selected_tags.csv) nor a classifier's config.json.")
+            raise ModelError(
+                f"curation.captions.source={source} has neither model.onnx (beside selected_tags.csv) nor a classifier's config.json."
+            )
         else:
             self.source = check_source(settings)
             if settings.character != default("character"):
-                raise ConfigError(f"captions.character={settings.character:g}: {source} is a classifier without names; leave it out.")
+                raise ConfigError(
+                    f"curation.captions.character={settings.character:g}: {source} is a classifier without names; leave it out."
+                )
         shapes = [model_digest(self.source), settings.general, settings.character]
         self.name = captioner_name("tagger", Path(self.source).name, shapes)
 
@@ -89,7 +93,7 @@ class _Onnx:
     """A file that takes (1, 448, 448, 3), BGR, 0 to 255, the picture in the middle of a white square, and gives probabilities."""
 
     def __init__(self, path: Path):
-        self.net = OnnxNet(path, (1, SIZE, SIZE, 3), "captions.source")
+        self.net = OnnxNet(path, (1, SIZE, SIZE, 3), "curation.captions.source")
 
     def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(squared(picture, SIZE), dtype=np.float32)[None, :, :, ::-1] for picture in pictures]
@@ -116,7 +120,7 @@ class _Classifier:
         try:
             self.processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"The image processor of captions.source={source} cannot be loaded: {error}") from error
+            raise ModelError(f"The image processor of curation.captions.source={source} cannot be loaded: {error}") from error
         labels = self.model.config.id2label
         self.tags = [spaced(labels[index]) for index in range(len(labels))]
 
