@@ -1,8 +1,11 @@
 """The same jobs give the same results in this process, in processes, through Ray, and through a Slurm array."""
 
 import os
+import signal
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,16 @@ def double(job):
     if job["number"] < 0:
         raise DataError(f"{job['number']} is below zero.")
     return {"twice": 2 * job["number"], "process": os.getpid()}
+
+
+def die(job):
+    if job["number"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def linger(job):
+    Path(job["told"], str(os.getpid())).touch()
+    time.sleep(job["seconds"])
 
 
 def results(executor, count=7):
@@ -36,6 +49,57 @@ def test_processes_and_their_errors(monkeypatch):
     with pytest.raises(DataError, match="-1 is below zero"):
         list(executor.map(ENTRY, [{"number": 1}, {"number": -1}, {"number": 2}]))
     assert list(executor.map(ENTRY, [])) == []
+
+
+def test_a_worker_that_dies_is_told(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    executor = get_executor(ExecutorSettings(workers=2))
+    with pytest.raises(CharForgeError, match=r"A worker died .* memory .* fewer than curation\.workers=2"):
+        list(executor.map("tests.curation.test_executors:die", [{"number": number} for number in range(9)]))
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+def test_workers_of_a_killed_run_end(tmp_path):
+    jobs = [{"told": str(tmp_path), "seconds": 100}] * 4
+    code = (
+        "from charforgex.curation.executors import Local;"
+        f"list(Local(2).map('tests.curation.test_executors:linger', {jobs!r}))"
+    )  # fmt: skip
+    run = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])})
+    deadline = time.monotonic() + 60
+    while len(workers := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2 and all(map(running, workers))
+    run.kill()
+    run.wait()
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+
+
+SCRIPT = """
+import pathlib, sys
+print("the script runs")
+from charforgex.curation.executors import Local
+list(Local(2).map("tests.curation.test_executors:double", [{"number": number} for number in range(5)]))
+main = sys.modules["__main__"]
+assert pathlib.Path(main.__file__).name == "plain.py" and main.__spec__ is None, "what was hidden is there again"
+"""
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    (tmp_path / "plain.py").write_text(SCRIPT)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    run = subprocess.run([sys.executable, str(tmp_path / "plain.py")], env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("the script runs") == 1
 
 
 def test_ray(monkeypatch):

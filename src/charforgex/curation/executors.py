@@ -14,11 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -28,6 +31,7 @@ from charforgex.runs import write_json
 
 Job = dict[str, Any]
 AHEAD = 2  # jobs given to each worker at a time: enough to keep it busy, few enough to stop soon
+DIED = "A worker died in the middle of its work, most likely because memory ran out. What is done stays: run the same command again, {how}."
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,46 @@ def call(entry: str, job: Job) -> Any:
     return resolve(entry)(job)
 
 
-def _one_thread() -> None:
-    """Each worker computes on one core: more would take turns with the other workers."""
+_hiding = threading.RLock()
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Hides where `__main__` came from: a spawned process would import it, and a script without a guard would run a second time."""
+    with _hiding:
+        told = vars(sys.modules["__main__"])
+        hidden = {name: told.pop(name) for name in ("__file__", "__spec__") if name in told}
+        told["__spec__"] = None
+        try:
+            yield
+        finally:
+            del told["__spec__"]
+            told |= hidden
+
+
+class _Worker(SpawnProcess):
+    def start(self) -> None:
+        with _nameless_main():
+            super().start()
+
+
+class _Spawn(SpawnContext):
+    """Spawned, because a fork of a process with threads (torch, cv2) may hang."""
+
+    Process = _Worker
+
+
+def _begin() -> None:
+    """What each worker does first. It computes on one core: more would take turns with the other workers."""
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Nobody tells the workers of a killed run to stop: they would wait for jobs, and hold their memory, for good."""
+    parent_process().join()
+    os._exit(1)
 
 
 class Local:
@@ -82,22 +122,24 @@ class Local:
         self.workers = workers
 
     def map(self, entry: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
-        if min(self.workers, len(jobs)) <= 1:
+        workers = min(self.workers, len(jobs))
+        if workers <= 1:
             yield from ((number, call(entry, job)) for number, job in enumerate(jobs))
             return
         with ExitStack() as stack:
-            workers = min(self.workers, len(jobs))
-            # spawned, because a fork of a process with threads (torch, cv2) may hang
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=_Spawn(), initializer=_begin))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             waiting, queue = {}, iter(enumerate(jobs))
             while True:
-                while len(waiting) < AHEAD * workers and (following := next(queue, None)) is not None:
-                    waiting[pool.submit(call, entry, following[1])] = following[0]
-                if not waiting:
+                try:
+                    while len(waiting) < AHEAD * workers and (following := next(queue, None)) is not None:
+                        waiting[pool.submit(call, entry, following[1])] = following[0]
+                    done = [(waiting.pop(future), future.result()) for future in wait(waiting, return_when=FIRST_COMPLETED).done]
+                except BrokenProcessPool as error:
+                    raise CharForgeError(DIED.format(how=f"with fewer than curation.workers={workers} if it happens twice")) from error
+                if not done:
                     return
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), future.result()
+                yield from done
 
 
 class RayCluster:
@@ -132,6 +174,8 @@ class RayCluster:
                     result = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.as_instanceof_cause() from None
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+                    raise CharForgeError(DIED.format(how="with more memory for each CPU of Ray if it happens twice")) from error
                 yield number, result
 
 
