@@ -220,6 +220,7 @@ def test_captions_can_be_changed(tmp_path):
     set_captions(tmp_path / "m.jsonl", "1.png", ["  zkx\n smiling ", "", "zkx smiling", "zkx"])
     after = Manifest.read(tmp_path / "m.jsonl")
     assert after.records[1].captions == ("zkx smiling", "zkx")
+    assert (tmp_path / "1.txt").read_text() == "zkx smiling\nzkx\n", "other trainers read it there"
     assert [after.records[i] for i in (0, 2)] == [before.records[i] for i in (0, 2)]
     with pytest.raises(DataError, match=r"no picture 9\.png"):
         set_captions(tmp_path / "m.jsonl", "9.png", ["x"])

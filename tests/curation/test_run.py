@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import charforgex
 from charforgex.curation import pipeline, shards
 from charforgex.curation.manifest import open_manifest
-from charforgex.curation.report import read
+from charforgex.curation.report import read, set_captions
+from charforgex.curation.run import Source, make_dataset
+from charforgex.curation.settings import CurationSettings
 from charforgex.data.mess import write_archive, write_mess
-from charforgex.errors import ConfigError, DataError
+from charforgex.errors import CharForgeError, ConfigError, DataError
 
 COUNTS = {"kept": 8, "recompressed": 1, "dark": 1, "noisy": 1, "small": 1, "stranger": 2, "truncated": 1, "empty": 1, "document": 1}
 SMALL = {"quality": {"min_side": 64, "min_detail_side": None}, "crops": {"min_side": 64, "framings": ["full"]}, "workers": 1, "shard": 4}
@@ -44,6 +47,8 @@ def made(tmp_path_factory):
 def folder(made, tmp_path):
     """A copy of that run, to be changed."""
     shutil.copytree(made[0], tmp_path / "copy")
+    told = tmp_path / "copy/out/provenance.json"
+    told.write_text(told.read_text().replace(str(made[0]), str(tmp_path / "copy")))
     return tmp_path / "copy"
 
 
@@ -77,19 +82,55 @@ def test_a_second_run_decodes_nothing_and_comes_to_the_same(made, folder, monkey
         raise AssertionError("a picture was decoded again")
 
     shutil.rmtree(folder / "out")
-    shutil.copytree(made[0] / "out", folder / "out")
     monkeypatch.setattr(shards, "decode_picture", refuse)
     assert curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})["content"] == made[2]["content"]
 
 
 def test_what_somebody_wrote_stays(made, folder):
-    record = open_manifest(made[2]["manifest"]).records[0]
-    (folder / "out/pictures" / record.path).with_suffix(".txt").write_text("zatoki woman with a kite\n")
-    result = curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
-    again = {r.path: r.captions for r in open_manifest(result["manifest"]).records}
-    assert again[record.path] == ("zatoki woman with a kite",)
-    others = {r.path: r.captions for r in open_manifest(made[2]["manifest"]).records if r.path != record.path}
-    assert {path: captions for path, captions in again.items() if path != record.path} == others
+    """Beside the picture, or by way of an editor; however often the command runs again."""
+    before = {r.path: r.captions for r in open_manifest(made[2]["manifest"]).records}
+    one, two = list(before)[:2]
+    again(folder)  # the folder is a copy, and its manifest now its own
+    (folder / "out/pictures" / one).with_suffix(".txt").write_text("zatoki woman with a kite\n")
+    set_captions(folder / "out/pictures" / pipeline.MANIFEST, two, ["zatoki woman in the rain"])
+    wanted = before | {one: ("zatoki woman with a kite",), two: ("zatoki woman in the rain",)}
+    for _ in range(2):
+        assert {r.path: r.captions for r in open_manifest(again(folder)["manifest"]).records} == wanted
+    (folder / "out/pictures" / one).with_suffix(".txt").unlink()
+    assert open_manifest(again(folder)["manifest"]).records[0].captions == before[one], "without a file there is nothing to keep"
+
+
+def again(folder):
+    return curate(folder, data={"root": str(folder / "raw"), "trigger": "zatoki"})
+
+
+def test_two_folders_are_two_datasets(tmp_path):
+    """Of the same name and with the same settings: the second must not take the first's place."""
+    for name in ("a", "b"):
+        write_mess(tmp_path / name / "raw", 0, {"kept": 2}, 128, captions=False)
+    outs = [
+        charforgex.curate(data={"root": str(tmp_path / name / "raw")}, runs_dir=str(tmp_path / "runs"), curation=SMALL)["out"]
+        for name in ("a", "b", "a")
+    ]
+    assert outs[0] == outs[2] != outs[1]
+    with pytest.raises(ConfigError, match=r"holds what was made of .*name another folder"):
+        charforgex.curate(data={"root": str(tmp_path / "b/raw")}, out=outs[0], curation=SMALL)
+    with pytest.raises(ConfigError, match="lies in out="):
+        make_dataset(Source(f"{outs[0]}/pictures"), CurationSettings(), Path(outs[0]), tmp_path / "cache", Console())
+
+
+@pytest.mark.parametrize(
+    "curation, said",
+    [
+        ({"people": {"references": "nowhere"}}, "curation.people.references=nowhere has no pictures"),
+        ({"captions": {"backend": "blip2", "source": "./nowhere"}}, "there is no such folder"),
+    ],
+)
+def test_what_is_lacking_is_told_before_anything_is_looked_at(tmp_path, monkeypatch, curation, said):
+    write_mess(tmp_path / "raw", 0, {"kept": 1}, 64, captions=False)
+    monkeypatch.setattr(pipeline, "scan", lambda *args: pytest.fail("pictures were looked at"))
+    with pytest.raises(CharForgeError, match=said):
+        curate(tmp_path, curation=curation)
 
 
 def test_a_picture_that_went_is_taken_out(made, folder):
@@ -164,7 +205,8 @@ def test_what_cannot_be_curated_is_told(tmp_path):
         curate(tmp_path)
     assert (tmp_path / "out/report.html").is_file(), "and the report says why"
     with pytest.raises(ConfigError, match="nowhere"):
-        curate(tmp_path, data={"root": str(tmp_path / "nowhere")})
+        curate(tmp_path, data={"root": str(tmp_path / "nowhere")}, out=str(tmp_path / "never"))
+    assert not (tmp_path / "never").exists(), "a mistyped folder leaves none behind"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/precious.txt").write_text("x")
     with pytest.raises(ConfigError, match="holds other files"):
@@ -176,7 +218,7 @@ def test_what_cannot_be_curated_is_told(tmp_path):
 def test_captions_changed_by_hand_are_found_by_what_was_written(tmp_path):
     (tmp_path / "pictures").mkdir()
     assert pipeline.edited(tmp_path / "pictures") == {}
-    rows = [{"path": "a.png", "captions": ["one"]}, {"path": "b.png", "captions": ["two"]}, {"path": "c.png", "captions": []}]
+    rows = [{"path": f"{name}.png", "captions": said, "facts": {}} for name, said in (("a", ["one"]), ("b", ["two"]), ("c", []))]
     (tmp_path / "pictures" / pipeline.MANIFEST).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("a", "one\n"), ("b", "better\n"), ("c", "new\nwords\n")):
         Path(tmp_path / f"pictures/{name}.txt").write_text(text)

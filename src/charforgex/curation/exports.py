@@ -21,7 +21,8 @@ TAR_PICTURES = 1000  # of a tar file: some hundred MB, as WebDataset advises
 NESTED = ("captions", "facts")  # columns that hold JSON, so that every reader has the same types
 
 
-def _pyarrow() -> Any:
+def need_pyarrow() -> Any:
+    """pyarrow. Raises ConfigError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -32,7 +33,7 @@ def _pyarrow() -> Any:
 
 def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One row a record, in their order; `captions` and `facts` as JSON texts."""
-    pa = _pyarrow()
+    pa = need_pyarrow()
     types = dict.fromkeys(("path", "sha256", "captions", "split", "mask", "mask_sha256", "facts"), pa.string())
     schema = pa.schema(types | dict.fromkeys(("version", "width", "height"), pa.int32()))
     with replace_atomic(path) as temporary, pa.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -44,7 +45,7 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows as `write_parquet` got them. Raises DataError."""
-    pa = _pyarrow()
+    pa = need_pyarrow()
     try:
         with pa.parquet.ParquetFile(path) as file:
             for some in file.iter_batches(ROWS):

@@ -28,6 +28,7 @@ from charforgex.errors import DataError
 __all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture"]
 
 VERSION = 1
+BY_HAND = "captions_by_hand"  # among a record's facts: a person wrote its captions, and no run may write others
 
 
 class Problem(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -21,11 +21,14 @@ from charforgex.curation.executors import Executor
 from charforgex.curation.exports import write_webdataset
 from charforgex.curation.ingest import Unit
 from charforgex.curation.items import CLASSES, Verdict
-from charforgex.curation.manifest import Manifest, Record, some
+from charforgex.curation.manifest import BY_HAND, Manifest, Record, some
 from charforgex.curation.settings import CurationSettings
 from charforgex.curation.shards import Findings
 from charforgex.quiet import quiet
 from charforgex.runs import write_atomic
+
+if TYPE_CHECKING:
+    from charforgex.curation.captions.base import Captioner
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
@@ -239,19 +242,19 @@ def as_they_are(root: Path, findings: Findings, decided: Decided) -> tuple[list[
 
 
 def caption(
-    out: Path, cache_dir: Path, findings: Findings, cuts: Sequence[Mapping[str, Any]], settings: CurationSettings, bar: Bar
-) -> dict[str, tuple[str, ...]]:
+    out: Path, cache_dir: Path, findings: Findings, cuts: Sequence[Mapping[str, Any]], captioner: Captioner | None,
+    by_hand: Mapping[str, tuple[str, ...]], settings: CurationSettings, bar: Bar,
+) -> dict[str, tuple[str, ...]]:  # fmt: skip
     """File of a cut -> its captions. Captions that were there are kept, unless `recaption`; the rules change them only if `rewrite`.
 
-    A caption that somebody changed beside a picture of an earlier run stays as it was changed.
+    A caption that somebody changed `by_hand` beside a picture of an earlier run stays as it was changed.
     """
-    from charforgex.curation.captions.base import Context, get_captioner
+    from charforgex.curation.captions.base import Context
     from charforgex.curation.captions.cache import Job, caption_all
     from charforgex.curation.captions.rules import apply
 
     rules, pictures = settings.rules, out / PICTURES
     said: dict[str, tuple[str, ...]] = {}
-    by_hand = edited(pictures)
     jobs, of_key = [], {}
     for row in cuts:
         finding, file = findings[row["index"]], row["file"]
@@ -259,17 +262,16 @@ def caption(
             said[file] = by_hand[file]
         elif finding.captions and not settings.recaption:
             said[file] = tuple(apply(text, rules)[0] for text in finding.captions) if settings.rewrite else finding.captions
-        elif settings.captions.backends != ("sidecar",):  # which has nothing to say here
+        elif captioner is not None:
             context = Context(file, finding.captions, row["framing"], rules.trigger, rules.class_word)
             jobs.append(Job(row["sha256"], lambda path=pictures / file: Image.open(path).convert("RGB"), context))
             of_key[row["sha256"]] = file
-    if jobs:
+    if captioner is not None and jobs:
         told, trouble = settings.captions, []
 
         def note(name: str, why: str) -> None:
             trouble.append(f"{name}: {why}")
 
-        captioner = get_captioner(told)
         bar.start(f"captions by {', '.join(told.backends)}", len(jobs))
         store = cache_dir / "captions"
         with quiet("transformers"):
@@ -280,8 +282,15 @@ def caption(
     return {file: tuple(dict.fromkeys(text for text in texts if text)) for file, texts in said.items()}
 
 
+def captioner_of(settings: CurationSettings) -> Captioner | None:
+    """Who writes the captions, its model not loaded yet; None where nobody is asked. Raises ConfigError or ModelError."""
+    from charforgex.curation.captions.base import get_captioner
+
+    return None if settings.captions.backends == ("sidecar",) else get_captioner(settings.captions)  # which has no more than is known
+
+
 def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
-    """Captions beside the pictures of an earlier run that are not what it wrote: somebody improved them."""
+    """Captions beside the pictures of an earlier run that are not what it wrote, or were not in one before: somebody improved them."""
     if not (pictures / MANIFEST).is_file():
         return {}
     found = {}
@@ -289,7 +298,7 @@ def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
         record = json.loads(line)
         path = (pictures / record["path"]).with_suffix(".txt")
         texts = tuple(text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()) if path.is_file() else None
-        if texts is not None and texts != tuple(record["captions"]):
+        if texts is not None and (texts != tuple(record["captions"]) or record["facts"].get(BY_HAND)):
             found[record["path"]] = texts
     return found
 
@@ -299,7 +308,7 @@ def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
 
 def assemble(
     out: Path, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], captions: Mapping[str, tuple[str, ...]],
-    settings: CurationSettings, bar: Bar,
+    by_hand: Collection[str], settings: CurationSettings, bar: Bar,
 ) -> Manifest:  # fmt: skip
     """The manifest, written: every cut with its captions, its side of the split, and what is known of it."""
     from charforgex.curation.split import Part, group, split
@@ -320,6 +329,8 @@ def assemble(
         known = {"from": name, "framing": row["framing"], "box": row["box"], "group": number, "scores": rounded(finding.scores)}
         if row["index"] in decided.faces:
             known["face"] = asdict(finding.faces[decided.faces[row["index"]]])
+        if row["file"] in by_hand:
+            known[BY_HAND] = True
         about = {name: row[name] for name in ("sha256", "width", "height", "mask", "mask_sha256")}
         records.append(Record(row["file"], captions=captions.get(row["file"], ()), split=side, facts=known, **about))
     pictures = out / PICTURES

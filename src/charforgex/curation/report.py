@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from charforgex.curation.items import CLASSES, Finding, Verdict
-from charforgex.curation.manifest import Manifest
+from charforgex.curation.manifest import BY_HAND, Manifest
 from charforgex.errors import DataError
-from charforgex.runs import plain, replace_atomic
+from charforgex.runs import plain, replace_atomic, write_atomic
 
 VERSION = 1
 JSON, HTML = "report.json", "report.html"
@@ -177,11 +177,17 @@ def select(
 
 
 def set_captions(manifest: str | Path, path: str, captions: Sequence[str]) -> Manifest:
-    """Gives the picture at `path` in a manifest these captions and writes it, atomically. Raises DataError for a path that is not in it."""
+    """Gives the picture at `path` these captions, in the manifest and in the `.txt` beside it; a run of curation leaves them so.
+
+    Raises DataError for a path that is not in the manifest.
+    """
     found = Manifest.read(manifest)
-    if path not in {record.path for record in found.records}:
+    record = next((one for one in found.records if one.path == path), None)
+    if record is None:
         raise DataError(f"{manifest} has no picture {path}.")
     said = tuple(dict.fromkeys(line for line in (" ".join(caption.split()) for caption in captions) if line))
-    changed = replace(found, records=tuple(replace(one, captions=said) if one.path == path else one for one in found.records))
+    written = replace(record, captions=said, facts={**record.facts, BY_HAND: True})
+    changed = replace(found, records=tuple(written if one is record else one for one in found.records))
     changed.write(manifest)
+    write_atomic(found.file(path).with_suffix(".txt"), "".join(f"{line}\n" for line in said))
     return changed

@@ -6,6 +6,8 @@ takes long is kept under the cache folder by content, so a second run, also afte
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,18 +48,32 @@ def curate(cfg: DictConfig) -> dict[str, Any]:
     """Runs the curation that `cfg` describes, and returns the content of result.json. Raises a CharForgeError."""
     from rich.console import Console
 
+    from charforgex.curation.ingest import check_root
     from charforgex.curation.settings import CurationSettings
 
     settings = bind(CurationSettings, cfg.curation, "curation")
     told = bind(RunSettings, {name: cfg[name] for name in ("name", "cache_dir", "runs_dir", "out", "only_report")}, "")
     source = bind(Source, cfg.data, "data")
-    out = told.out or told.runs_dir / f"{told.name}-{runs.config_hash(cfg)[:8]}"
-    if out.exists() and not (out / "config.yaml").exists() and any(out.iterdir()):
-        raise ConfigError(f"out={out} holds other files; name another folder.")
+    root = check_root(source.root)
+    settled = hashlib.sha256(f"{runs.config_hash(cfg)}\0{root}".encode()).hexdigest()
+    out = told.out or told.runs_dir / f"{told.name}-{settled[:8]}"
+    check_out(out, root)
     out.mkdir(parents=True, exist_ok=True)
+    runs.write_provenance(out, seed=0, root=str(root))
     runs.save_config(out, cfg)
-    runs.write_provenance(out, seed=0)
     return make_dataset(source, settings, out, told.cache_dir, Console(), told.only_report)
+
+
+def check_out(out: Path, root: Path) -> None:
+    """Raises ConfigError for a folder with files that no run over `root` has written."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    told = out / "provenance.json"
+    before = json.loads(told.read_text(encoding="utf-8")).get("root") if told.is_file() else None
+    if before is None:
+        raise ConfigError(f"out={out} holds other files; name another folder.")
+    if before != str(root) and Path(before).exists():  # else the folder was moved
+        raise ConfigError(f"out={out} holds what was made of {before}, and this run is over {root}; name another folder.")
 
 
 def make_dataset(
@@ -67,13 +83,21 @@ def make_dataset(
 
     Raises DataError if no picture is kept.
     """
-    from charforgex.curation import ingest, pipeline, report
+    from charforgex.curation import exports, ingest, pipeline, report
     from charforgex.curation.executors import get_executor
 
     started = time.perf_counter()
     out, cache_dir = out.resolve(), cache_dir.resolve()
     root = ingest.check_root(source.root)
+    if root.is_dir() and root.is_relative_to(out):
+        raise ConfigError(
+            f"data.root={source.root} lies in out={out}, where a dataset is written and old files are removed; move one away."
+        )
     rules = bind_rules(settings, source)
+    if settings.manifest == "parquet":
+        exports.need_pyarrow()
+    captioner = None if only_report else pipeline.captioner_of(settings)
+    character = pipeline.character(settings)
     units = ingest.units(root, settings.ingest, leave_out=[out, cache_dir])
     if not units:
         raise DataError(f"data.root={source.root} has no files; names that begin with a dot are not looked at.")
@@ -81,13 +105,14 @@ def make_dataset(
     executor = get_executor(settings.where(cache_dir))
     with pipeline.progress(console) as bar:
         findings = pipeline.scan(folder, cache_dir, units, settings, executor, bar)
-        decided = pipeline.decide(findings, settings, pipeline.character(settings), bar)
+        decided = pipeline.decide(findings, settings, character, bar)
         if only_report:
             cuts, manifest = pipeline.as_they_are(folder, findings, decided)
         else:
             cuts = pipeline.cut(folder, cache_dir, out, units, findings, decided, settings, executor, bar)
-            captions = pipeline.caption(out, cache_dir, findings, cuts, replace(settings, rules=rules), bar)
-            manifest = pipeline.assemble(out, findings, decided, cuts, captions, settings, bar)
+            by_hand = pipeline.edited(out / pipeline.PICTURES)
+            captions = pipeline.caption(out, cache_dir, findings, cuts, captioner, by_hand, replace(settings, rules=rules), bar)
+            manifest = pipeline.assemble(out, findings, decided, cuts, captions, by_hand, settings, bar)
         told = pipeline.tell(out, root.name, findings, decided, cuts, manifest, settings, bar)
     report.summary(console, told, out / report.HTML)
     if not manifest.records:
