@@ -6,15 +6,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from charforgex.config import compose
 from charforgex.data import mess
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.lora.inject import adapter_parameters, inject
-from charforgex.training.character import check_disk, check_resolution, choose_device, find_character, with_trigger
+from charforgex.training.character import (
+    Character,
+    Job,
+    check_disk,
+    check_resolution,
+    choose_device,
+    curated,
+    find_character,
+    with_trigger,
+)
 from charforgex.training.losses import Objective
-from charforgex.training.run import check, choose_run_dir, run
+from charforgex.training.run import Clock, check, choose_run_dir, run
 from charforgex.types import Batch, Crop
 from tests.families.rows import ROWS
 
@@ -41,6 +51,23 @@ def test_with_curation_the_demos_folder_is_a_mess(tmp_path):
     names = [path.name for path in character.source.iterdir()]
     assert len(names) == sum(mess.DEMO.values()) > 40 and not any(name.endswith(".txt") for name in names)
     assert find_character(compose("train"), tmp_path) == character
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["data.val_count=-1"], r"data\.val_count=-1"),
+        (["data.val_count=0"], r"data\.val_count=0 holds no picture out"),
+        (["curation.split.val=0"], r"curation\.split\.val=0 holds no picture out"),
+        (["data.val_count=3", "curation.split.val=0.2"], r"data\.val_count=3 and curation\.split\.val=0\.2 say it twice"),
+    ],
+)
+def test_how_many_are_held_out_is_settled_before_pictures_are_looked_at(tmp_path, overrides, said):
+    (tmp_path / "raw").mkdir()
+    cfg = compose("train", [f"data.source={tmp_path / 'raw'}", f"runs_dir={tmp_path / 'runs'}", *overrides])
+    with pytest.raises(ConfigError, match=said):
+        curated(Job(cfg, check(cfg), tmp_path / "run", Console(), Clock(tmp_path), Character(tmp_path / "raw", "zork man", None)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_that_need_a_trigger_need_one():

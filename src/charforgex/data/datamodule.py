@@ -70,7 +70,7 @@ class CharacterData:
         subject_weight: Annotated[float, Range(above=0)] = 1.0,
         upscale: bool = False,
         repeats: dict[str, int] | None = None,
-        val_count: int | None = None,
+        val_count: Annotated[int, Range(at_least=0)] | None = None,
         background: tuple[int, int, int] = (255, 255, 255),
         class_word: str | None = None,
         regularisation: Regularisation | None = None,

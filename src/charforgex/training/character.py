@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from charforgex import runs
+from charforgex import binding, runs
 from charforgex.config import bind, conf_folder
 from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
@@ -52,6 +52,7 @@ from charforgex.types import Components
 
 DEMO_PICTURES = 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HELD_OUT = "so nothing could tell whether the LoRA is the character"
 SPARE_BYTES = 64 << 20  # besides the checkpoints: samples, logs, curves
 
 
@@ -93,9 +94,16 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         check_compiler(device)
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
-    source, val_count = curated(job)
     settings = job.settings = with_trigger(settings, character.trigger)
     word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
+    targets = settings.lora.targets
+    targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
+    load_parts = loader(cfg, family, device)
+    base = load_parts([])  # the scheduler alone, and what the configs tell
+    objective.check(family.process(base))
+    check_sampling(family, base, settings.sampling)
+
+    source, val_count = curated(job)
     data = bind(
         CharacterData,
         data_options(cfg) | {"val_count": val_count},
@@ -107,14 +115,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         seed=cfg.seed,
     )
     if not data.val:
-        raise DataError("No picture is held out, so nothing could tell whether the LoRA is the character; set data.val_count to 1 or more.")
-
-    targets = settings.lora.targets
-    targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
-    load_parts = loader(cfg, family, device)
-    base = load_parts([])  # the scheduler alone, and what the configs tell
-    objective.check(family.process(base))
-    check_sampling(family, base, settings.sampling)
+        raise DataError(f"No picture is held out, {HELD_OUT}; set data.val_count to 1 or more.")
     check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
     blocks = family.blocks(parts.denoiser)
@@ -193,15 +194,24 @@ def curated(job: Job) -> tuple[Path, int | None]:
     """What is trained on, and how many pictures of it are held out where it does not say so itself: the manifest that curation makes of a
     folder, else the source as it is."""
     cfg, source = job.cfg, job.character.source
-    val_count = cfg.data.val_count
+    val_count = binding.fit(cfg.data.val_count, binding.annotation(CharacterData, "val_count"), "data.val_count")
     if not cfg.get("curation") or not source.is_dir():
         return source, val_count
     from charforgex.curation.run import Source, make_dataset
     from charforgex.curation.settings import CurationSettings
+    from charforgex.curation.split import SplitSettings
 
     settings = bind(CurationSettings, cfg.curation, "curation")
     if val_count is not None:
+        if settings.split.val != (usual := SplitSettings.val):
+            raise ConfigError(
+                f"data.val_count={val_count} and curation.split.val={settings.split.val:g} say it twice; leave one as it was "
+                f"(null, {usual:g})."
+            )
         settings = replace(settings, split=replace(settings.split, val=val_count))
+    if settings.split.val == 0:
+        key = "curation.split.val" if val_count is None else "data.val_count"
+        raise ConfigError(f"{key}=0 holds no picture out, {HELD_OUT}; set it to 1 or more.")
     if cfg.data.subject_weight == 1:
         settings = replace(settings, masks="none")  # nothing would look at them
     if str(cfg.data.source).startswith(DEMO) and settings.captions.backend == "sidecar":
