@@ -1,5 +1,6 @@
 """The command as a whole: a folder as people have them becomes a dataset; killed, resumed, changed by hand, and by other executors."""
 
+import io
 import json
 import os
 import shutil
@@ -213,6 +214,16 @@ def test_what_cannot_be_curated_is_told(tmp_path):
         curate(tmp_path, out=str(tmp_path / "mine"))
     with pytest.raises(ConfigError, match="say it twice"):
         curate(tmp_path, data={"root": str(tmp_path / "raw"), "trigger": "a"}, curation={"rules": {"trigger": "b"}})
+
+
+def test_a_log_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(pipeline, "EVERY", -1)
+    console = Console(file=io.StringIO())
+    with pipeline.progress(console) as bar:
+        bar.start("looking at pictures", 2000)
+        bar.step(1500)
+        bar.start("deciding")
+    assert console.file.getvalue().splitlines() == ["looking at pictures: 2,000", "looking at pictures: 1,500 of 2,000"]
 
 
 def test_captions_changed_by_hand_are_found_by_what_was_written(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,31 +26,39 @@ from charforgex.curation.manifest import BY_HAND, Manifest, Record, some
 from charforgex.curation.settings import CurationSettings
 from charforgex.curation.shards import Findings
 from charforgex.quiet import quiet
-from charforgex.runs import write_atomic
+from charforgex.runs import plain, write_atomic
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from charforgex.curation.captions.base import Captioner
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
 FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
 MOST = 0.5  # share of the pictures with a face that must show one person for the others to be somebody else
+EVERY = 30  # seconds between two lines of progress in a log
 NOTED = 20  # pictures with trouble that are named on the screen; the report has all
 
 
 class Bar:
-    """One line of progress at a time: what is done, how far, how long yet."""
+    """One line of progress at a time: what is done, how far, how long yet. In a log, which has no such line, a new one now and then."""
 
-    def __init__(self, shown: Any, console: Console):
-        self.shown, self.console, self.task = shown, console, None
+    def __init__(self, shown: Progress, console: Console):
+        self.shown, self.console, self.task, self.told = shown, console, None, 0.0
 
-    def start(self, what: str, total: int | None) -> None:
+    def start(self, what: str, total: int | None = None) -> None:
         if self.task is not None:
             self.shown.remove_task(self.task)
-        self.task = self.shown.add_task(what, total=total)
+        self.task, self.told = self.shown.add_task(what, total=total), time.monotonic()
+        if total and not self.console.is_terminal:
+            self.console.print(f"{what}: {total:,}", highlight=False)
 
     def step(self, count: int = 1) -> None:
         self.shown.advance(self.task, count)
+        if not self.console.is_terminal and time.monotonic() - self.told > EVERY:
+            task, self.told = self.shown.tasks[0], time.monotonic()
+            self.console.print(f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}", highlight=False)
 
 
 @contextmanager
@@ -57,7 +66,7 @@ def progress(console: Console) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         yield Bar(shown, console)
 
 
@@ -68,7 +77,7 @@ def scan(root: Path, cache_dir: Path, units: Sequence[Unit], settings: CurationS
     """Every picture decoded, measured and embedded once; shards that are known are taken as they are."""
     bar.start("looking at pictures", len(units))
     names: dict[int, str] = {}
-    options = shards.plain(settings.scan())
+    options = plain(asdict(settings.scan()))
     for number, name, count in shards.scan_all(root, cache_dir, units, options, settings.shard, executor):
         names[number] = name
         bar.step(count)
@@ -93,7 +102,7 @@ class Decided:
 
 def decide(findings: Findings, settings: CurationSettings, character: people.Character | None, bar: Bar) -> Decided:
     """Exactly one class for each finding. Of nearly the same pictures the best stays, before anything else is held against it."""
-    bar.start("deciding", 4)
+    bar.start("deciding")
     decided = Decided()
     everyone = range(len(findings))
     poor: dict[int, Verdict] = {}
@@ -105,7 +114,6 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
             poor[index] = verdict
             if verdict.kind == "too_small":
                 decided.verdicts[index] = verdict
-    bar.step()
     left = decided.open(everyone)
     chosen = findings.only(left)
     groups = duplicates.clusters(
@@ -116,7 +124,6 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
         for member, reason in group.others.items():
             decided.verdicts[left[member]] = Verdict("duplicate", reason)
     decided.verdicts |= {index: verdict for index, verdict in poor.items() if index not in decided.verdicts}
-    bar.step()
     left = decided.open(everyone)
     wanted = settings.people
     with_face = sum(bool(findings[index].faces) for index in left)
@@ -140,7 +147,6 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
             decided.verdicts[index] = decision.verdict
         elif decision.face is not None:
             decided.faces[index] = decision.face
-    bar.step()
     return decided
 
 
@@ -203,7 +209,7 @@ def cut(
         by_unit.setdefault(name.partition("!/")[0], {})[name] = what
     jobs = [
         {
-            "root": str(root), "cache": str(cache_dir), "out": str(out / PICTURES), "ingest": shards.plain(settings.ingest),
+            "root": str(root), "cache": str(cache_dir), "out": str(out / PICTURES), "ingest": plain(asdict(settings.ingest)),
             "masks": settings.masks, "unit": unit.to_json(), "wanted": by_unit[unit.path],
         }
         for unit in units if unit.path in by_unit
@@ -313,7 +319,7 @@ def assemble(
     """The manifest, written: every cut with its captions, its side of the split, and what is known of it."""
     from charforgex.curation.split import Part, group, split
 
-    bar.start("writing the manifest", None)
+    bar.start("writing the manifest")
     unique = list({row["sha256"]: row for row in cuts}.values())
     names = [findings[row["index"]].name for row in unique]
     place = {}
@@ -379,7 +385,7 @@ def tell(
     settings: CurationSettings, bar: Bar,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes report.html and report.json. Returns the report without its files."""
-    bar.start("writing the report", None)
+    bar.start("writing the report")
     records = {record.path: record for record in manifest.records}
     rows_of: dict[int, list[dict[str, Any]]] = {}
     known: list[dict[str, str]] = []
