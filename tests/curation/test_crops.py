@@ -54,12 +54,6 @@ def test_framings_show_more_and_more():
     assert holds(upper.box, portrait.box, slack=5)
 
 
-def test_full_shows_the_subject():
-    face, subject = Face((450, 300, 550, 420), 0.9), (380, 200, 640, 1100)
-    (full,) = plan(2000, 2000, face, CropSettings(framings=("full",), min_side=64), subject)
-    assert holds(full.box, subject) and full.box[3] - full.box[1] < 1100
-
-
 def test_others_stay_outside():
     face, right, above = Face((300, 400, 400, 520), 0.9), Face((600, 380, 700, 500), 0.9), Face((310, 40, 360, 100), 0.9)
     cuts = plan(1200, 900, face, SETTINGS, others=(right, above))
@@ -99,10 +93,12 @@ def test_without_a_face_what_stands_out_is_shown():
     pixels[100:180, 420:500] = rng.integers(0, 256, (80, 80, 3))
     box = salient_box(pixels)
     assert holds((380, 60, 540, 220), box) and holds(box, (430, 110, 490, 170))
-    (only,) = plan(600, 300, None, SETTINGS, box)
-    assert only.framing == "full" and holds(only.box, box)
-    (whole,) = plan(600, 300, None, SETTINGS)
-    assert whole.box[3] - whole.box[1] == 300, "without a subject as much as the shapes allow"
+    (only,) = plan(1200, 300, None, SETTINGS, (1000, 60, 1180, 220))
+    (middle,) = plan(1200, 300, None, SETTINGS)
+    assert only.framing == "full" and only.box == (675, 0, 1200, 300), "as much as the shapes allow, the subject in it"
+    assert middle.box == (338, 0, 862, 300) or middle.box == (337, 0, 862, 300)
+    (left,) = plan(1200, 300, None, SETTINGS, (300, 60, 500, 220))
+    assert left.box in ((138, 0, 662, 300), (137, 0, 662, 300))
 
 
 def test_no_framing_or_ratio_is_refused():

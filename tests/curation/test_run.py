@@ -197,6 +197,17 @@ def test_where_nobody_is_in_most_pictures_nobody_is_set_aside(tmp_path):
     assert any("too few to set the others aside" in note for note in told["notes"])
 
 
+def test_without_a_face_there_is_no_portrait(tmp_path):
+    write_mess(tmp_path / "raw", 0, {"landscape": 2, "kept": 3}, 128, captions=False)
+    loose = {"people": {"require_face": False}, "crops": {"min_side": 64, "framings": ["portrait"]}}
+    curate(tmp_path, curation=loose)
+    reasons = [row["reason"] for row in read(tmp_path / "out")["pictures"] if row["kind"] == "no_face"]
+    assert reasons == ["no face was found in it, and curation.crops.framings has portrait, which are cut around one"] * 2
+    result = curate(tmp_path, curation={**loose, "crops": SMALL["crops"], "masks": "subject"})
+    records = {record.facts["from"]: record for record in open_manifest(result["manifest"]).records}
+    assert len(records) == 5 and all(record.mask for record in records.values())
+
+
 def test_what_cannot_be_curated_is_told(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match="has no files"):

@@ -53,8 +53,9 @@ def plan(
 ) -> list[Cut]:
     """The crops of a picture, each framing of `settings` that shows something new, in their order.
 
-    Of `face` all of the head is in each crop, of `others` no face. `full` shows the `subject`, or all that it can of the picture. Without
-    a face there is only `full`. Empty if a crop would be smaller than `min_side`, or the others cannot be kept out.
+    Of `face` all of the head is in each crop, of `others` no face. `full` is all that the shapes can show of the picture. Without a face
+    there is only `full`, with the `subject` as near to its middle as the picture allows. Empty if a crop would be smaller than
+    `min_side`, or the others cannot be kept out.
     """
     limits: Box | None = (0.0, 0.0, float(width), float(height))
     head = None
@@ -68,10 +69,12 @@ def plan(
     for framing in settings.framings:
         if face is None and framing != "full":
             continue
-        wanted = _wanted(framing, face, head, subject, limits)
+        wanted = limits if framing == "full" else _wanted(framing, face, head, limits)
         best = _best(wanted, head, limits, settings.ratios)
         if best is None and face is not None:  # the head fills the picture, and no ratio is the picture's: its hair has to give
             best = _best(wanted, face.box, limits, settings.ratios)
+        if face is None and subject is not None:
+            best = _centred(best, subject, limits)
         cut = best and _sized(framing, best, settings)
         if cut and not any(_alike(cut.box, other.box) for other in cuts):
             cuts.append(cut)
@@ -103,11 +106,7 @@ def free_of(others: Sequence[Face], face: Face, head: Box, limits: Box) -> Box |
     return limits
 
 
-def _wanted(framing: str, face: Face | None, head: Box | None, subject: Box | None, limits: Box) -> Box:
-    if framing == "full":
-        if subject is None:
-            return limits
-        return _meet(subject if head is None else _join(subject, head), limits)
+def _wanted(framing: str, face: Face, head: Box, limits: Box) -> Box:
     down, beside = REACH[framing]
     left, top, right, _ = face.box
     around = (left - beside * face.height, top, right + beside * face.height, top + down * face.height)
@@ -136,6 +135,14 @@ def _fit(wanted: Box, needed: Box | None, limits: Box, ratio: float) -> Box | No
         top = min(max(top, needed[3] - height), needed[1])
     left = min(max(left, limits[0]), limits[2] - width)
     top = min(max(top, limits[1]), limits[3] - height)
+    return left, top, left + width, top + height
+
+
+def _centred(box: Box, subject: Box, limits: Box) -> Box:
+    """Moved within the limits."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    left = min(max((subject[0] + subject[2] - width) / 2, limits[0]), limits[2] - width)
+    top = min(max((subject[1] + subject[3] - height) / 2, limits[1]), limits[3] - height)
     return left, top, left + width, top + height
 
 

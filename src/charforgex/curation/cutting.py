@@ -71,7 +71,7 @@ def _cut_item(item: Item, wanted: dict[str, Any], out: Path, told: IngestSetting
         return [{"item": item.name, "error": str(error)}]
     face = Face.from_json(wanted["face"]) if wanted["face"] else None
     if mask is None and kind != "none":
-        made = masks.masks(picture, face) if kind == "subject" else None
+        made = masks.masks(picture, face, wanted["subject"]) if kind == "subject" else None
         mask = made.subject if made else masks.face_mask(picture.size, face) if face else None
     rows = []
     for planned in wanted["cuts"]:

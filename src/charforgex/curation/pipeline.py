@@ -21,7 +21,7 @@ from charforgex.curation.cutting import file_name
 from charforgex.curation.executors import Executor
 from charforgex.curation.exports import write_webdataset
 from charforgex.curation.ingest import Unit
-from charforgex.curation.items import CLASSES, Verdict
+from charforgex.curation.items import CLASSES, Face, Finding, Verdict
 from charforgex.curation.manifest import BY_HAND, Manifest, Record, some
 from charforgex.curation.settings import CurationSettings
 from charforgex.curation.shards import Findings
@@ -195,13 +195,15 @@ def cut(
         finding = findings[index]
         face = finding.faces[decided.faces[index]] if index in decided.faces else None
         others = [other for place, other in enumerate(finding.faces) if place != decided.faces.get(index)] if face else []
-        cuts = crops.plan(finding.width, finding.height, face, settings.crops, others=others)
+        subject = None if face else scaled(crops.salient_box(thumbnail := findings.thumbnail(index)), thumbnail.shape, finding)
+        cuts = crops.plan(finding.width, finding.height, face, settings.crops, subject, others)
         if not cuts:
-            decided.verdicts[index] = uncuttable(finding.width, finding.height, bool(others), settings)
+            decided.verdicts[index] = uncuttable(finding, face, others, settings)
             continue
         index_of[finding.name] = index
         wanted[finding.name] = {
             "face": asdict(face) if face else None,
+            "subject": subject,
             "cuts": [asdict(cut) | {"file": file_name(finding, cut.framing)} for cut in cuts],
         }
     by_unit: dict[str, dict[str, Any]] = {}
@@ -228,10 +230,21 @@ def cut(
     return sorted(rows, key=lambda row: (row["index"], order[row["framing"]]))
 
 
-def uncuttable(width: int, height: int, crowded: bool, settings: CurationSettings) -> Verdict:
-    if crowded:
+def scaled(box: crops.Box, shape: Sequence[int], finding: Finding) -> crops.Box:
+    """A box in an array of that shape (H, W, ...) in the picture's own pixels."""
+    across, down = finding.width / shape[1], finding.height / shape[0]
+    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+
+
+def uncuttable(finding: Finding, face: Face | None, others: Sequence[Face], settings: CurationSettings) -> Verdict:
+    if others:
         return Verdict("several_people", "the character cannot be cut out without the others")
-    return Verdict("too_small", f"no crop of {width} x {height} has {settings.crops.min_side} pixels a side with the whole head in it")
+    if face is None and "full" not in settings.crops.framings:
+        framings = ", ".join(settings.crops.framings)
+        return Verdict("no_face", f"no face was found in it, and curation.crops.framings has {framings}, which are cut around one")
+    return Verdict(
+        "too_small", f"no crop of {finding.width} x {finding.height} has {settings.crops.min_side} pixels a side with the whole head in it"
+    )
 
 
 def as_they_are(root: Path, findings: Findings, decided: Decided) -> tuple[list[dict[str, Any]], Manifest]:
