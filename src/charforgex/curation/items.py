@@ -101,7 +101,6 @@ class Finding:
     width: int = 0
     height: int = 0
     captions: tuple[str, ...] = ()
-    mask_sha256: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     faces: tuple[Face, ...] = ()

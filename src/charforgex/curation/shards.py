@@ -13,9 +13,11 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +38,14 @@ if TYPE_CHECKING:
     from charforgex.curation.faces import Detector
     from charforgex.embedders import Clip, Embedder
 
-VERSION = 2
+VERSION = 3
 PREVIEW = 160  # pixels of the longer side of what the report shows
 TOGETHER = 32  # pictures embedded at a time
 FOLDER = "shards"
+CONTAINERS = ("archive", "video")
+REMEMBERED, MAPPED = 4096, 64  # findings and arrays that memory holds at a time
+UNFINISHED = ".work_"  # what the names of shards in work begin with
+DEAD = 24 * 3600  # seconds without a write after which the process that worked on a shard is taken for killed
 
 
 # ---- one shard, in a worker ----
@@ -88,7 +94,7 @@ def scan(job: Job) -> str:
     name = digest([VERSION, settings, [[u.path, ingest.content_hashes(root, u)] for u in units]])
     if not (store / name).is_dir():
         store.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=store, prefix=".work_"))
+        temporary = Path(tempfile.mkdtemp(dir=store, prefix=UNFINISHED))
         try:
             write_shard(temporary, root, units, settings)
             fsync_folder(temporary)
@@ -123,18 +129,23 @@ class Column:
         self.file.close()
 
 
-COLUMNS: dict[str, type] = {"faces": np.float32, "pictures": np.float32, "thumbnails": np.uint8, "previews": np.int64}
+# `findings` and `previews` have the ends of the lines of findings.jsonl and of the pictures in previews.jpg; `heads` the number of faces
+# up to and with each finding. So any finding is found without reading the others, in a shard of 100,000 too.
+COLUMNS: dict[str, type] = {
+    "findings": np.int64, "heads": np.int64, "faces": np.float32, "pictures": np.float32, "thumbnails": np.uint8, "previews": np.int64,
+}  # fmt: skip
 
 
 def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings: str) -> None:
-    """findings.jsonl, the columns beside it, their shapes, and the previews as one file that the column of that name has the ends of."""
+    """findings.jsonl, previews.jpg, the columns beside them and their shapes."""
     told = bind(ScanSettings, json.loads(settings), "curation")
     columns = {name: Column(folder, name, kind) for name, kind in COLUMNS.items()}
-    rows = ended = 0
-    with open(folder / "findings.jsonl", "w", encoding="utf-8") as file, open(folder / "previews.jpg", "wb") as shown:
+    rows = heads = 0
+    with open(folder / "findings.jsonl", "wb") as file, open(folder / "previews.jpg", "wb") as shown:
         pending: list[tuple[Finding, Image.Image | None]] = []
 
         def flush() -> None:
+            nonlocal heads
             decoded = [(finding, picture) for finding, picture in pending if picture is not None]
             if decoded:
                 for name, vectors in zip(("faces", "pictures"), embed(decoded, tools(settings)), strict=True):
@@ -145,7 +156,10 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
             for finding, picture in pending:
                 if assessor and picture is not None:
                     finding = replace(finding, scores={**finding.scores, **next(opinions)})
-                file.write(json.dumps(finding.to_json(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(finding.to_json(), ensure_ascii=False).encode() + b"\n")
+                columns["findings"].add(np.array(file.tell()))
+                heads += len(finding.faces)
+                columns["heads"].add(np.array(heads))
             pending.clear()
 
         for unit in units:
@@ -155,8 +169,8 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
                     finding, rows = replace(finding, row=rows), rows + 1
                     columns["thumbnails"].add(thumbnail)
                     picture = bounded(picture)
-                    ended += shown.write(preview(picture))
-                    columns["previews"].add(np.array(ended))
+                    shown.write(preview(picture))
+                    columns["previews"].add(np.array(shown.tell()))
                 pending.append((finding, picture))
                 if len(pending) >= TOGETHER:
                     flush()
@@ -174,10 +188,7 @@ def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Ima
     if item.verdict is not None:
         return Finding(item.name, verdict=item.verdict, captions=item.captions), None, None
     content = item.data if item.data is not None else item.picture.tobytes()
-    known = Finding(
-        item.name, sha256=hashlib.sha256(content).hexdigest(), captions=item.captions,
-        mask_sha256=hashlib.sha256(item.mask).hexdigest() if item.mask else None,
-    )  # fmt: skip
+    known = Finding(item.name, sha256=hashlib.sha256(content).hexdigest(), captions=item.captions)
     try:
         picture = item.picture or decode_picture(item.data, told.ingest.background, told.ingest.max_pixels)
     except DataError as error:
@@ -221,17 +232,39 @@ def embed(decoded: Sequence[tuple[Finding, Image.Image]], loaded: Tools) -> tupl
 
 
 def plan(units: Sequence[ingest.Unit], pictures: int) -> list[list[ingest.Unit]]:
-    """Neighbours together, `pictures` a shard; an archive or a video is a shard of its own."""
-    shards: list[list[ingest.Unit]] = []
-    room = 0
-    for unit in units:
-        alone = unit.kind in ("archive", "video")
-        if alone or room == 0:
-            shards.append([])
-            room = 0 if alone else pictures
-        shards[-1].append(unit)
-        room = max(0, room - 1)
-    return shards
+    """Neighbours together, at most `pictures` a shard, in the order of the units; then archives and videos, each a shard of its own.
+
+    Where a shard begins is a matter of the paths' hashes: before each in the lowest 1 / (4 `pictures`) of the space, and while a part is too
+    large, before the smallest in its middle half. So a file that comes or goes nearly always changes the one shard that it is in, never
+    those behind the next low hash; counting would shift all that follow, and all would be decoded again.
+    """
+    alone = [[unit] for unit in units if unit.kind in CONTAINERS]
+    loose = [unit for unit in units if unit.kind not in CONTAINERS]
+    hashes = np.array([int(hashlib.sha256(unit.path.encode()).hexdigest()[:16], 16) for unit in loose], np.uint64)
+    edges = sorted({0, *np.flatnonzero(hashes < 2**64 // (4 * pictures)).tolist(), len(loose)})
+    parts, shards = list(pairwise(edges))[::-1], []
+    while parts:
+        start, end = parts.pop()
+        if end - start <= pictures:
+            shards.append(loose[start:end])
+            continue
+        margin = max(1, (end - start) // 4)
+        place = start + margin + int(hashes[start + margin : end - margin + 1].argmin())
+        parts += [(place, end), (start, place)]  # the left one is next
+    return shards + alone
+
+
+class _Jobs(Sequence[Job]):
+    """The jobs of shards, each made when it is asked for: of a million files only those in work are in memory."""
+
+    def __init__(self, common: Mapping[str, Any], shards: Sequence[Sequence[ingest.Unit]]):
+        self.common, self.shards = common, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> Job:
+        return {**self.common, "units": [unit.to_json() for unit in self.shards[number]]}
 
 
 def scan_all(
@@ -239,60 +272,71 @@ def scan_all(
 ) -> Iterator[tuple[int, str, int]]:
     """(number, folder, files) of each shard as it is done."""
     shards = plan(units, pictures)
+    sweep(cache_dir / FOLDER)
     common = {"root": str(root.resolve()), "cache": str(cache_dir.resolve()), "settings": dict(settings)}
-    jobs = [common | {"units": [unit.to_json() for unit in shard]} for shard in shards]
-    for number, name in executor.map("charforgex.curation.shards:scan", jobs):
+    for number, name in executor.map("charforgex.curation.shards:scan", _Jobs(common, shards)):
         yield number, name, len(shards[number])
 
 
+def sweep(store: Path) -> None:
+    """Removes what killed processes left unfinished. Others may be at work there now, so what was written to lately stays."""
+    for folder in store.glob(f"{UNFINISHED}*"):
+        try:
+            latest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except FileNotFoundError:  # its process has just ended well
+            continue
+        if time.time() - latest > DEAD:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Findings(Sequence[Finding]):
-    """The findings of all shards in order, read when asked for: memory holds a few numbers for each, and the last shards looked at."""
+    """The findings of all shards in order, read when asked for: memory holds the last ones looked at, however many there are."""
 
     def __init__(self, cache_dir: Path, shards: Sequence[str]):
         self.folders = [Path(cache_dir) / FOLDER / name for name in shards]
-        counts, rows = [0], [0]
-        self._faces: list[np.ndarray] = []
-        for number in range(len(self.folders)):
-            findings = self._shard(number)
-            counts.append(counts[-1] + len(findings))
-            rows.append(rows[-1] + sum(f.row is not None for f in findings))
-            self._faces.append(np.cumsum([0] + [len(f.faces) for f in findings], dtype=np.int64))
-        self.counts = np.array(counts)
-
-    @lru_cache(maxsize=8)  # noqa: B019  one object a run
-    def _shard(self, number: int) -> list[Finding]:
-        with open(self.folders[number] / "findings.jsonl", encoding="utf-8") as file:
-            return [Finding.from_json(json.loads(line)) for line in file]
+        self._shapes = [json.loads((folder / "shapes.json").read_text(encoding="utf-8")) for folder in self.folders]
+        self.counts = np.cumsum([0, *(shapes["findings"][0] for shapes in self._shapes)])
+        self._array = lru_cache(MAPPED)(self._open)
+        self._finding = lru_cache(REMEMBERED)(self._read)
 
     def __len__(self) -> int:
         return int(self.counts[-1])
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of the shard that finding `index` is in, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self.counts, index, side="right")) - 1
         return number, index - int(self.counts[number])
 
     def __getitem__(self, index: int) -> Finding:
-        number, place = self._place(index)
-        return self._shard(number)[place]
+        return self._finding(index)
+
+    def _read(self, index: int) -> Finding:
+        number, place = self.place(index)
+        return Finding.from_json(json.loads(self._piece(number, "findings.jsonl", self._array(number, "findings"), place)))
+
+    def _piece(self, number: int, file: str, ends: np.ndarray, place: int) -> bytes:
+        first = _before(ends, place)
+        with open(self.folders[number] / file, "rb") as opened:
+            opened.seek(first)
+            return opened.read(int(ends[place]) - first)
 
     def only(self, indices: Sequence[int]) -> Sequence[Finding]:
         """Some of them, read when asked for, too."""
         return Chosen(self, indices)
 
-    def _array(self, number: int, name: str) -> np.ndarray:
-        folder = self.folders[number]
-        shape = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))[name]
+    def _open(self, number: int, name: str) -> np.ndarray:
+        shape = tuple(self._shapes[number][name])
         if not math.prod(shape):
             return np.zeros(shape, COLUMNS[name])  # an empty file cannot be mapped
-        return np.memmap(folder / f"{name}.bin", COLUMNS[name], "r", shape=tuple(shape))
+        return np.asarray(np.memmap(self.folders[number] / f"{name}.bin", COLUMNS[name], "r", shape=shape))
 
     def face_vectors(self, index: int) -> np.ndarray:
         """(F, D) of the faces of finding `index`, in their order."""
-        number, place = self._place(index)
-        first, last = self._faces[number][place : place + 2]
-        return np.asarray(self._array(number, "faces")[first:last])
+        number, place = self.place(index)
+        heads = self._array(number, "heads")
+        return self._array(number, "faces")[_before(heads, place) : heads[place]]
 
     def vector(self, index: int) -> np.ndarray | None:
         """(D,) of the whole picture, None where it was not decoded or no CLIP looked."""
@@ -304,28 +348,22 @@ class Findings(Sequence[Finding]):
 
     def preview(self, index: int) -> bytes | None:
         """A small JPEG for the report, None where the picture was not decoded."""
-        number, _ = self._place(index)
+        number, _ = self.place(index)
         row = self[index].row
-        if row is None:
-            return None
-        ends = self._array(number, "previews")
-        first = int(ends[row - 1]) if row else 0
-        with open(self.folders[number] / "previews.jpg", "rb") as file:
-            file.seek(first)
-            return file.read(int(ends[row]) - first)
+        return None if row is None else self._piece(number, "previews.jpg", self._array(number, "previews"), row)
 
     def _row(self, index: int, name: str) -> np.ndarray | None:
-        number, _ = self._place(index)
+        number, _ = self.place(index)
         row = self[index].row
         if row is None:
             return None
-        found = np.asarray(self._array(number, name)[row])
+        found = self._array(number, name)[row]
         return found if found.size else None
 
 
-def plain(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as JSON has it."""
-    return json.loads(json.dumps(asdict(settings), default=str))
+def _before(ends: np.ndarray, place: int) -> int:
+    """Where the piece at `place` begins."""
+    return int(ends[place - 1]) if place else 0
 
 
 class Chosen(Sequence[Finding]):
