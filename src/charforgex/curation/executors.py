@@ -34,6 +34,19 @@ AHEAD = 2  # jobs given to each worker at a time: enough to keep it busy, few en
 DIED = "A worker died in the middle of its work, most likely because memory ran out. What is done stays: run the same command again, {how}."
 
 
+class Jobs(Sequence[Job]):
+    """`count` jobs, each made by `make(number)` when it is asked for: of a million files only those in work are in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], Job]):
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Job:
+        return self.make(range(self.count)[number])
+
+
 @dataclass(frozen=True)
 class ExecutorSettings:
     """Where shards are worked on. `folder` is where Slurm's tasks read and write their jobs; every machine must see it."""
@@ -194,9 +207,9 @@ class SlurmArray:
             return
         tasks = min(self.settings.workers or 16, len(jobs))
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix="slurm_") as folder:
-            plan = Path(folder, "jobs.json")
-            write_json(plan, {"entry": entry, "tasks": tasks, "jobs": list(jobs)})
-            command = [sys.executable, "-m", "charforgex.curation.executors", str(plan)]
+            with open(Path(folder, "jobs.jsonl"), "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(job) + "\n" for job in jobs)
+            command = [sys.executable, "-m", "charforgex.curation.executors", folder, entry, str(tasks)]
             script = Path(folder, "array.sh")
             options = [f"#SBATCH {option}" for option in (f"--array=0-{tasks - 1}", "--cpus-per-task=1", *self.settings.sbatch)]
             lines = ["#!/bin/bash", *options, "export OMP_NUM_THREADS=1", f'{shlex.join(command)} "$SLURM_ARRAY_TASK_ID"']
@@ -214,12 +227,13 @@ class SlurmArray:
                 yield number, json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
-def do_task(plan: Path, task: int) -> None:
+def do_task(folder: Path, entry: str, tasks: int, task: int) -> None:
     """What task `task` of the array does."""
-    told = json.loads(plan.read_text(encoding="utf-8"))
-    for number in range(task, len(told["jobs"]), told["tasks"]):
-        write_json(plan.parent / f"result_{number}.json", {"result": call(told["entry"], told["jobs"][number])})
+    with open(folder / "jobs.jsonl", encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number % tasks == task:
+                write_json(folder / f"result_{number}.json", {"result": call(entry, json.loads(line))})
 
 
 if __name__ == "__main__":
-    do_task(Path(sys.argv[1]), int(sys.argv[2]))
+    do_task(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

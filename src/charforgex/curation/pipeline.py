@@ -18,7 +18,7 @@ from rich.console import Console
 
 from charforgex.curation import advice, analysis, crops, duplicates, facts, people, quality, report, shards
 from charforgex.curation.cutting import file_name
-from charforgex.curation.executors import Executor
+from charforgex.curation.executors import Executor, Jobs
 from charforgex.curation.exports import write_webdataset
 from charforgex.curation.ingest import Unit
 from charforgex.curation.items import CLASSES, Face, Finding, Verdict
@@ -189,37 +189,25 @@ def cut(
 
     A picture of which no crop can be made gets a verdict now.
     """
-    wanted: dict[str, dict[str, Any]] = {}
-    index_of: dict[str, int] = {}
+    planned = shards.plan(units, settings.shard)
+    left: dict[int, list[int]] = {}
     for index in decided.open(range(len(findings))):
-        finding = findings[index]
-        face = finding.faces[decided.faces[index]] if index in decided.faces else None
-        others = [other for place, other in enumerate(finding.faces) if place != decided.faces.get(index)] if face else []
-        subject = None if face else scaled(crops.salient_box(thumbnail := findings.thumbnail(index)), thumbnail.shape, finding)
-        cuts = crops.plan(finding.width, finding.height, face, settings.crops, subject, others)
-        if not cuts:
-            decided.verdicts[index] = uncuttable(finding, face, others, settings)
-            continue
-        index_of[finding.name] = index
-        wanted[finding.name] = {
-            "face": asdict(face) if face else None,
-            "subject": subject,
-            "cuts": [asdict(cut) | {"file": file_name(finding, cut.framing)} for cut in cuts],
-        }
-    by_unit: dict[str, dict[str, Any]] = {}
-    for name, what in wanted.items():
-        by_unit.setdefault(name.partition("!/")[0], {})[name] = what
-    jobs = [
-        {
-            "root": str(root), "cache": str(cache_dir), "out": str(out / PICTURES), "ingest": plain(asdict(settings.ingest)),
-            "masks": settings.masks, "unit": unit.to_json(), "wanted": by_unit[unit.path],
-        }
-        for unit in units if unit.path in by_unit
-    ]  # fmt: skip
-    bar.start("cutting pictures", len(jobs))
+        left.setdefault(findings.place(index)[0], []).append(index)
+    numbers = list(left)
+    common = {
+        "root": str(root), "cache": str(cache_dir), "out": str(out / PICTURES), "ingest": plain(asdict(settings.ingest)),
+        "masks": settings.masks,
+    }  # fmt: skip
+
+    def job(place: int) -> dict[str, Any]:
+        wanted = {findings[index].name: what for index in left[numbers[place]] if (what := cuts_of(index, findings, decided, settings))}
+        return {**common, "units": [unit.to_json() for unit in planned[numbers[place]]], "wanted": wanted}
+
+    bar.start("cutting pictures", sum(map(len, left.values())))
     rows = []
-    for _, found in executor.map("charforgex.curation.cutting:cut", jobs):
-        bar.step()
+    for place, found in executor.map("charforgex.curation.cutting:cut", Jobs(len(numbers), job)):
+        bar.step(len(left[numbers[place]]))
+        index_of = {findings[index].name: index for index in left[numbers[place]]}
         for row in found:
             index = index_of[row["item"]]
             if "error" in row:
@@ -228,6 +216,24 @@ def cut(
                 rows.append(row | {"index": index})
     order = {name: place for place, name in enumerate(settings.crops.framings)}
     return sorted(rows, key=lambda row: (row["index"], order[row["framing"]]))
+
+
+def cuts_of(index: int, findings: Findings, decided: Decided, settings: CurationSettings) -> dict[str, Any] | None:
+    """What `cutting.cut` is to make of a finding. None if no crop can be made of it, which its verdict tells now."""
+    finding = findings[index]
+    face = finding.faces[decided.faces[index]] if index in decided.faces else None
+    others = [other for place, other in enumerate(finding.faces) if place != decided.faces.get(index)] if face else []
+    subject = None if face else scaled(crops.salient_box(thumbnail := findings.thumbnail(index)), thumbnail.shape, finding)
+    cuts = crops.plan(finding.width, finding.height, face, settings.crops, subject, others)
+    if not cuts:
+        decided.verdicts[index] = uncuttable(finding, face, others, settings)
+        return None
+    return {
+        "sha256": finding.sha256,
+        "face": asdict(face) if face else None,
+        "subject": subject,
+        "cuts": [asdict(cut) | {"file": file_name(finding, cut.framing)} for cut in cuts],
+    }
 
 
 def scaled(box: crops.Box, shape: Sequence[int], finding: Finding) -> crops.Box:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from charforgex.binding import bind
 from charforgex.curation import duplicates, ingest, people, quality
-from charforgex.curation.executors import Executor, Job
+from charforgex.curation.executors import Executor, Job, Jobs
 from charforgex.curation.items import Finding, Item
 from charforgex.curation.pictures import decode_picture, verdict_of
 from charforgex.curation.settings import ScanSettings
@@ -234,9 +234,9 @@ def embed(decoded: Sequence[tuple[Finding, Image.Image]], loaded: Tools) -> tupl
 def plan(units: Sequence[ingest.Unit], pictures: int) -> list[list[ingest.Unit]]:
     """Neighbours together, at most `pictures` a shard, in the order of the units; then archives and videos, each a shard of its own.
 
-    Where a shard begins is a matter of the paths' hashes: before each in the lowest 1 / (4 `pictures`) of the space, and while a part is too
-    large, before the smallest in its middle half. So a file that comes or goes nearly always changes the one shard that it is in, never
-    those behind the next low hash; counting would shift all that follow, and all would be decoded again.
+    Where a shard begins is a matter of the paths' hashes: at each in the lowest 1 / (4 `pictures`) of the space, and while a part is too
+    large, at the smallest in its middle half. So a file that comes or goes nearly always changes the one shard that it is in, never those
+    behind the next low hash; counting would shift all that follow, and all would be decoded again.
     """
     alone = [[unit] for unit in units if unit.kind in CONTAINERS]
     loose = [unit for unit in units if unit.kind not in CONTAINERS]
@@ -254,19 +254,6 @@ def plan(units: Sequence[ingest.Unit], pictures: int) -> list[list[ingest.Unit]]
     return shards + alone
 
 
-class _Jobs(Sequence[Job]):
-    """The jobs of shards, each made when it is asked for: of a million files only those in work are in memory."""
-
-    def __init__(self, common: Mapping[str, Any], shards: Sequence[Sequence[ingest.Unit]]):
-        self.common, self.shards = common, shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, number: int) -> Job:
-        return {**self.common, "units": [unit.to_json() for unit in self.shards[number]]}
-
-
 def scan_all(
     root: Path, cache_dir: Path, units: Sequence[ingest.Unit], settings: Mapping[str, Any], pictures: int, executor: Executor
 ) -> Iterator[tuple[int, str, int]]:
@@ -274,7 +261,8 @@ def scan_all(
     shards = plan(units, pictures)
     sweep(cache_dir / FOLDER)
     common = {"root": str(root.resolve()), "cache": str(cache_dir.resolve()), "settings": dict(settings)}
-    for number, name in executor.map("charforgex.curation.shards:scan", _Jobs(common, shards)):
+    jobs = Jobs(len(shards), lambda number: {**common, "units": [unit.to_json() for unit in shards[number]]})
+    for number, name in executor.map("charforgex.curation.shards:scan", jobs):
         yield number, name, len(shards[number])
 
 
