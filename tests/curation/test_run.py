@@ -197,6 +197,19 @@ def test_where_nobody_is_in_most_pictures_nobody_is_set_aside(tmp_path):
     assert any("too few to set the others aside" in note for note in told["notes"])
 
 
+def test_what_a_person_should_know_of_captions_is_told(tmp_path):
+    write_mess(tmp_path / "raw", 0, {"kept": 3}, 128, captions=False)
+    (tmp_path / "raw/0000.txt").write_text("a woman with " + " ".join(f"number{n}" for n in range(60)))
+    panel = {"captions": {"backend": ["charworld", "sidecar"]}}
+    result = curate(tmp_path, curation=panel)
+    records = {record.facts["from"]: record.facts for record in open_manifest(result["manifest"]).records}
+    named = next(name for name in records if name.startswith("0000"))
+    assert "CLIP reads 77" in records[named]["caption"]["notes"][0]
+    assert all(0 <= facts["caption"]["quality"] <= 1 for name, facts in records.items() if name != named)
+    assert any("Of 1 caption the rules have a remark" in note for note in read(tmp_path / "out")["notes"])
+    assert "CLIP reads 77" in (tmp_path / "out/report.html").read_text()
+
+
 def test_without_a_face_there_is_no_portrait(tmp_path):
     write_mess(tmp_path / "raw", 0, {"landscape": 2, "kept": 3}, 128, captions=False)
     loose = {"people": {"require_face": False}, "crops": {"min_side": 64, "framings": ["portrait"]}}

@@ -154,15 +154,6 @@ def _unit(features_ND: np.ndarray) -> np.ndarray:
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
 
 
-def vendi_of_kernel(kernel_NN: np.ndarray, weights_N: np.ndarray | None = None) -> float:
-    """The same of any positive semi-definite similarity with ones on its diagonal."""
-    root = np.sqrt(_probabilities(len(kernel_NN), weights_N))
-    assert np.allclose(np.diagonal(kernel_NN), 1) and np.allclose(kernel_NN, kernel_NN.T), "each picture is wholly similar to itself"
-    values = np.linalg.eigvalsh(kernel_NN * root[:, None] * root)
-    assert values.min() > -1e-6, f"the similarity is not positive semi-definite: eigenvalue {values.min():g}"
-    return _effective(values)
-
-
 def _probabilities(count: int, weights_N: np.ndarray | None) -> np.ndarray:
     weights = np.ones(count) if weights_N is None else np.asarray(weights_N, np.float64)
     return weights / weights.sum()

@@ -157,7 +157,10 @@ def _below(row: Mapping[str, Any]) -> str:
     why = f'<div class="why">{text(row["reason"])}</div>' if row["reason"] else ""
     said = dict.fromkeys(line for cut in row["cuts"] for line in cut["captions"])
     quotes = "".join(f"<q>{text(line)}</q>" for line in list(said)[:3])
-    return f'{why}<div class="chips">{tags}</div>{quotes}'
+    about = [cut.get("about", {}) for cut in row["cuts"]]
+    notes = dict.fromkeys(note for known in about for kind in ("contradictions", "notes") for note in known.get(kind, ()))
+    remarks = "".join(f'<div class="why">{text(note)}</div>' for note in notes)
+    return f'{why}<div class="chips">{tags}</div>{quotes}{remarks}'
 
 
 # ---- numbers ----

@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from charforgex.curation.captions.base import Captioner
+    from charforgex.curation.captions.rules import CaptionRules
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
@@ -266,27 +267,46 @@ def as_they_are(root: Path, findings: Findings, decided: Decided) -> tuple[list[
 # ---- caption ----
 
 
+@dataclass
+class Captions:
+    """By the file of a cut: what was written by hand, the captions of all, and what is known about them."""
+
+    by_hand: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, file: str, lines: Sequence[str], rules: CaptionRules | None = None, about: Mapping[str, Any] | None = None) -> None:
+        """Captions as the rules want them, or as they are, with notes on what a person should know, such as words that CLIP cuts off."""
+        from charforgex.curation.captions.rules import apply, truncation
+
+        told = [apply(line, rules) if rules else (line, truncation(line)) for line in lines if line.strip()]
+        self.texts[file] = tuple(dict.fromkeys(text for text, _ in told if text))
+        notes = dict.fromkeys(note for _, found in told for note in found)
+        known = {**(about or {})} | ({"notes": list(notes)} if notes else {})
+        if known:
+            self.about[file] = known
+
+
 def caption(
     out: Path, cache_dir: Path, findings: Findings, cuts: Sequence[Mapping[str, Any]], captioner: Captioner | None,
-    by_hand: Mapping[str, tuple[str, ...]], settings: CurationSettings, bar: Bar,
-) -> dict[str, tuple[str, ...]]:  # fmt: skip
-    """File of a cut -> its captions. Captions that were there are kept, unless `recaption`; the rules change them only if `rewrite`.
+    settings: CurationSettings, bar: Bar,
+) -> Captions:  # fmt: skip
+    """Captions that were there are kept, unless `recaption`; the rules change them only if `rewrite`.
 
-    A caption that somebody changed `by_hand` beside a picture of an earlier run stays as it was changed.
+    A caption that somebody changed by hand beside a picture of an earlier run stays as it was changed.
     """
     from charforgex.curation.captions.base import Context
     from charforgex.curation.captions.cache import Job, caption_all
-    from charforgex.curation.captions.rules import apply
 
     rules, pictures = settings.rules, out / PICTURES
-    said: dict[str, tuple[str, ...]] = {}
+    captions = Captions(edited(pictures))
     jobs, of_key = [], {}
     for row in cuts:
         finding, file = findings[row["index"]], row["file"]
-        if file in by_hand:
-            said[file] = by_hand[file]
+        if file in captions.by_hand:
+            captions.add(file, captions.by_hand[file])
         elif finding.captions and not settings.recaption:
-            said[file] = tuple(apply(text, rules)[0] for text in finding.captions) if settings.rewrite else finding.captions
+            captions.add(file, finding.captions, rules if settings.rewrite else None)
         elif captioner is not None:
             context = Context(file, finding.captions, row["framing"], rules.trigger, rules.class_word)
             jobs.append(Job(row["sha256"], lambda path=pictures / file: Image.open(path).convert("RGB"), context))
@@ -301,10 +321,10 @@ def caption(
         store = cache_dir / "captions"
         with quiet("transformers"):
             for key, text in caption_all(captioner, jobs, store, told.batch_size, note, bar.step):
-                said[of_key[key]] = tuple(apply(line, rules)[0] for line in text.splitlines() if line.strip())
+                captions.add(of_key[key], text.splitlines(), rules, getattr(text, "about", {}))
         for line in trouble[:NOTED]:
             bar.console.print(f"[yellow]no caption for {line}", highlight=False)
-    return {file: tuple(dict.fromkeys(text for text in texts if text)) for file, texts in said.items()}
+    return captions
 
 
 def captioner_of(settings: CurationSettings) -> Captioner | None:
@@ -332,8 +352,8 @@ def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
 
 
 def assemble(
-    out: Path, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], captions: Mapping[str, tuple[str, ...]],
-    by_hand: Collection[str], settings: CurationSettings, bar: Bar,
+    out: Path, findings: Findings, decided: Decided, cuts: Sequence[Mapping[str, Any]], captions: Captions,
+    settings: CurationSettings, bar: Bar,
 ) -> Manifest:  # fmt: skip
     """The manifest, written: every cut with its captions, its side of the split, and what is known of it."""
     from charforgex.curation.split import Part, group, split
@@ -354,10 +374,12 @@ def assemble(
         known = {"from": name, "framing": row["framing"], "box": row["box"], "group": number, "scores": rounded(finding.scores)}
         if row["index"] in decided.faces:
             known["face"] = asdict(finding.faces[decided.faces[row["index"]]])
-        if row["file"] in by_hand:
+        if row["file"] in captions.by_hand:
             known[BY_HAND] = True
+        if row["file"] in captions.about:
+            known["caption"] = captions.about[row["file"]]
         about = {name: row[name] for name in ("sha256", "width", "height", "mask", "mask_sha256")}
-        records.append(Record(row["file"], captions=captions.get(row["file"], ()), split=side, facts=known, **about))
+        records.append(Record(row["file"], captions=captions.texts.get(row["file"], ()), split=side, facts=known, **about))
     pictures = out / PICTURES
     for record in records:
         write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
@@ -415,8 +437,8 @@ def tell(
         found = facts.read(finding, " ".join(record.captions), row["box"], small_copy(findings, row))
         found = facts.complete(found, guesses[position], settings.analysis.margin) if guesses else found
         known.append(found)
-        cut = {"file": row["file"], "framing": row["framing"], "box": row["box"], "facts": found}
-        rows_of.setdefault(row["index"], []).append(cut | {"captions": record.captions, "split": record.split})
+        cut = {"file": row["file"], "framing": row["framing"], "box": row["box"], "facts": found, "captions": record.captions}
+        rows_of.setdefault(row["index"], []).append(cut | {"about": record.facts.get("caption", {}), "split": record.split})
     kept, rest = Columns(), Columns()
     for index in range(len(findings)):
         if findings[index].scores:
@@ -426,6 +448,7 @@ def tell(
         known, features, kept.arrays(), rest.arrays(), analysis.limits(settings.quality), settings.analysis,
         facts.answers(labels(settings)) if guesses else facts.ANSWERS,
     )  # fmt: skip
+    decided.notes += noted(record.facts.get("caption", {}) for record in records.values())
     classes = counts(findings, decided)
     uncaptioned = sum(not record.captions for record in records.values())
     pieces = advice.recommend(analysed, classes, uncaptioned, settings.analysis)
@@ -441,6 +464,14 @@ def tell(
     rows = (report.row(finding, verdict(i), rows_of.get(i, ()), group_of.get(i)) for i, finding in enumerate(findings))
     report.write(out, header, rows, preview, settings.analysis.gallery)
     return header
+
+
+def noted(about: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Sentences on how many captions a person should look at."""
+    known = list(about)
+    contradicted, remarked = (sum(bool(one.get(what)) for one in known) for what in ("contradictions", "notes"))
+    said = [(contradicted, "the captioners contradict one another"), (remarked, "the rules have a remark")]
+    return [f"Of {count} caption{'s'[: count != 1]} {what}; they stand under the pictures in report.html." for count, what in said if count]
 
 
 class Columns:

@@ -41,7 +41,8 @@ assert {kind for kinds in FUNNEL.values() for kind in kinds} | {"kept"} == set(C
 
 def row(finding: Finding, verdict: Verdict | None, cuts: Sequence[Mapping[str, Any]] = (), group: int | None = None) -> dict[str, Any]:
     """One file in the report. Without a verdict it is kept, and `cuts` are what became of it, each with `file`, `framing`, `box` (left,
-    top, right, bottom in the file's pixels), `captions`, `split` and `facts`; `group` is common to files that show the same picture."""
+    top, right, bottom in the file's pixels), `captions`, `split`, `facts` and what is known `about` its captions; `group` is common to
+    files that show the same picture."""
     return {
         "name": finding.name,
         "kind": verdict.kind if verdict else "kept",

@@ -110,9 +110,8 @@ def make_dataset(
             cuts, manifest = pipeline.as_they_are(folder, findings, decided)
         else:
             cuts = pipeline.cut(folder, cache_dir, out, units, findings, decided, settings, executor, bar)
-            by_hand = pipeline.edited(out / pipeline.PICTURES)
-            captions = pipeline.caption(out, cache_dir, findings, cuts, captioner, by_hand, replace(settings, rules=rules), bar)
-            manifest = pipeline.assemble(out, findings, decided, cuts, captions, by_hand, settings, bar)
+            captions = pipeline.caption(out, cache_dir, findings, cuts, captioner, replace(settings, rules=rules), bar)
+            manifest = pipeline.assemble(out, findings, decided, cuts, captions, settings, bar)
         told = pipeline.tell(out, root.name, findings, decided, cuts, manifest, settings, bar)
     report.summary(console, told, out / report.HTML)
     if not manifest.records:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from charforgex.charworld import drawing, world
 from charforgex.curation.captions.base import Context, get_captioner
+from charforgex.curation.captions.cache import Job, caption_all
 from charforgex.curation.captions.claims import NONE, claims, remainder
 from charforgex.curation.captions.ensemble import Ensemble, Scorer, Voice, fuse
 from charforgex.curation.captions.settings import CaptionSettings
@@ -189,14 +190,19 @@ class Parrot:
         return [self.text] * len(pictures)
 
 
-def test_an_ensemble_is_a_captioner_with_a_report_for_each_picture():
+def test_an_ensemble_is_a_captioner_that_tells_what_is_contradicted(tmp_path):
     both = Ensemble([Parrot("one", "a woman with red hair\na woman with blue hair"), Parrot("two", "a woman with blue hair")], [1, 1])
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
-    assert both.caption(pictures, [Context("a.png"), Context("b.png")]) == ["a woman with blue hair"] * 2
-    assert set(both.reports) == {"a.png", "b.png"} and both.reads == {"trigger"}
-    answers = {answer["value"]: answer for answer in both.reports["a.png"]["answers"]}
-    assert answers["red"]["agreement"] == 0.25, "one of the two captions of one of two captioners"
-    assert both.reports["a.png"]["contradictions"] == ("hair_colour: blue (one, two; 0.75) against red (one; 0.25)",)
+    contexts = [Context("a.png"), Context("b.png")]
+    said = both.caption(pictures, contexts)
+    assert said == ["a woman with blue hair"] * 2 and both.reads == {"trigger"}
+    contradiction = "hair_colour: blue (one, two; 0.75) against red (one; 0.25)"  # one of the two captions of one of two captioners
+    assert all(text.about["contradictions"] == (contradiction,) and 0 < text.about["quality"] < 1 for text in said)
+    jobs = [Job(str(n), lambda: pictures[0], context) for n, context in enumerate(contexts)]
+    for _ in range(2):  # the second time out of the cache
+        for (_, text), before in zip(caption_all(both, jobs, tmp_path, 2, pytest.fail), said, strict=True):
+            assert text == before and text.about["contradictions"] == [contradiction]
+            assert text.about["quality"] == before.about["quality"]
 
 
 def test_its_name_changes_with_all_that_changes_its_captions():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +35,17 @@ class Context:
     turns: tuple[tuple[str, str], ...] = ()
 
 
+class Said(str):
+    """A caption with what its captioner knows `about` it besides, as JSON can say it: how sure it is, what contradicts it."""
+
+    about: Mapping[str, Any]
+
+    def __new__(cls, text: str, about: Mapping[str, Any]) -> Said:
+        said = super().__new__(cls, text)
+        said.about = about
+        return said
+
+
 class Captioner(Protocol):
     """Pictures to captions. The same picture and context give the same caption, whatever else is in the batch.
 
@@ -46,7 +57,7 @@ class Captioner(Protocol):
     reads: frozenset[str]
 
     def caption(self, pictures: Sequence[Image.Image], contexts: Sequence[Context]) -> list[str]:
-        """One text a picture; each of its lines is a caption (as in a `.txt` beside a picture), an empty text is none
+        """One text a picture, or a `Said`; each of its lines is a caption (as in a `.txt` beside a picture), an empty text is none
         (a backend that knows why has logged it).
 
         Raises ModelError or ConfigError for what holds for every picture; anything else is taken for this batch's own trouble.

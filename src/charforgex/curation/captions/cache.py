@@ -13,11 +13,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from charforgex.curation.captions.base import Captioner, Context
+from charforgex.curation.captions.base import Captioner, Context, Said
 from charforgex.errors import ConfigError, DataError, ModelError
 
 WINDOW = 1024  # answers that wait for a batch to fill up, at most: results come in the order of the pictures
@@ -92,7 +92,8 @@ class Store:
     def __getitem__(self, key: str) -> str:
         with self.path.open("rb") as file:
             file.seek(self.places[key])
-            return _parse(file.readline())["text"]
+            row = _parse(file.readline())
+        return Said(row["text"], row["about"]) if "about" in row else row["text"]
 
     def add(self, texts: dict[str, str]) -> None:
         """Appends a batch; when this returns it is on disk."""
@@ -104,12 +105,16 @@ class Store:
             if size:
                 file.seek(-1, os.SEEK_END)
             torn = size and file.read(1) != b"\n"
-            data = b"".join(json.dumps({"key": key, "text": text}).encode() + b"\n" for key, text in texts.items())
+            data = b"".join(json.dumps({"key": key} | _row(text)).encode() + b"\n" for key, text in texts.items())
             data = (b"\n" if torn else b"") + data
             if file.write(data) != len(data):
                 raise OSError(f"{self.path} could not be written in full; is the disk full?")
             os.fsync(file.fileno())
             self._index(data.splitlines(keepends=True), file.tell() - len(data))
+
+
+def _row(text: str) -> dict[str, Any]:
+    return {"text": text} | ({"about": text.about} if isinstance(text, Said) else {})
 
 
 def _parse(line: bytes) -> dict | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from charforgex.curation.captions.base import Captioner, Context, captioner_name, model_digest
+from charforgex.curation.captions.base import Captioner, Context, Said, captioner_name, model_digest
 from charforgex.curation.captions.claims import BY_NAME, NONE, Aspect, Claim, agrees, claims, remainder
 from charforgex.curation.captions.rules import absorbed, tidy
 from charforgex.curation.captions.settings import CaptionSettings
@@ -329,7 +329,7 @@ def _extra(voices: Sequence[Voice], base: int, scorer: Scorer | None, seen_D: An
 
 # ---------------------------------------------------------------- as a captioner
 class Ensemble:
-    """A captioner of captioners. `reports` has a `Fused` as JSON for each picture captioned, by the context's name."""
+    """A captioner of captioners. About each caption it tells what `Fused` knows but the answers: quality and contradictions above all."""
 
     def __init__(
         self,
@@ -349,7 +349,6 @@ class Ensemble:
         shapes = [members, clip_share, model_digest(scorer) if scorer else None]
         self.name = captioner_name("ensemble", "+".join(captioner.name.partition(":")[0] for captioner in self.captioners), shapes)
         self.reads = frozenset().union(*(captioner.reads for captioner in self.captioners))
-        self.reports: dict[str, dict[str, Any]] = {}
 
     def caption(self, pictures: Sequence[Image.Image], contexts: Sequence[Context]) -> list[str]:
         said = [captioner.caption(pictures, contexts) for captioner in self.captioners]
@@ -357,14 +356,14 @@ class Ensemble:
             self.scorer = Scorer(self.source)
         seen_ND = self.scorer.see(pictures) if self.scorer else [None] * len(pictures)
         texts = []
-        for number, context in enumerate(contexts):
+        for number in range(len(contexts)):
             voices = []
             for captioner, weight, answers in zip(self.captioners, self.weights, said, strict=True):
                 lines = [line for line in answers[number].splitlines() if line.strip()]
                 voices += [Voice(captioner.name.partition(":")[0], line, weight / len(lines)) for line in lines]
             fused = fuse(voices, self.scorer, seen_ND[number], self.clip_share)
-            self.reports[context.name] = fused.to_json()
-            texts.append(fused.text)
+            about = {"quality": fused.quality, "parts": dict(fused.parts), "base": fused.base, "contradictions": fused.contradictions}
+            texts.append(Said(fused.text, about))
         return texts
 
 

@@ -75,7 +75,6 @@ def apply(text: str, rules: CaptionRules, tokenizer: Callable[[str], Any] | None
 
 
 # ---------------------------------------------------------------- plain text
-PRIVATE = "[\ue000-\uf8ff]"
 SPELLINGS = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": ", ", "…": "...", "\u00ad": None})
 
 
