@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ MANIFEST = "manifest.jsonl"
 FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
 MOST = 0.5  # share of the pictures with a face that must show one person for the others to be somebody else
 EVERY = 30  # seconds between two lines of progress in a log
+SAMPLE = 10_000  # pictures by which variety is measured, evenly out of all
+TOGETHER = 1000  # pictures of which a CLIP is asked at once
 NOTED = 20  # pictures with trouble that are named on the screen; the report has all
 
 
@@ -117,9 +120,8 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
                 decided.verdicts[index] = verdict
     left = decided.open(everyone)
     chosen = findings.only(left)
-    groups = duplicates.clusters(
-        chosen, settings.duplicates, lambda place: findings.thumbnail(left[place]), vectors_of(findings, left)
-    )  # fmt: skip
+    vectors = vectors_of(findings, left) if settings.duplicates.similarity is not None else None
+    groups = duplicates.clusters(chosen, settings.duplicates, lambda place: findings.thumbnail(left[place]), vectors)
     for group in groups:
         decided.groups.append([left[member] for member in group.members])
         for member, reason in group.others.items():
@@ -443,7 +445,8 @@ def tell(
     for index in range(len(findings)):
         if findings[index].scores:
             (rest if index in decided.verdicts else kept).add(findings[index].scores)
-    features = vectors_of(findings, list(dict.fromkeys(row["index"] for row in shown)))
+    seen = list(dict.fromkeys(row["index"] for row in shown))
+    features = vectors_of(findings, seen[:: max(1, math.ceil(len(seen) / SAMPLE))])
     analysed = analysis.analyse(
         known, features, kept.arrays(), rest.arrays(), analysis.limits(settings.quality), settings.analysis,
         facts.answers(labels(settings)) if guesses else facts.ANSWERS,
@@ -490,13 +493,16 @@ class Columns:
 
 def guessed(findings: Findings, shown: Sequence[Mapping[str, Any]], settings: CurationSettings) -> list[dict[str, facts.Guess]]:
     """What a CLIP of the user's takes each picture for; the embedded one knows drawings of charworld and none of these words."""
-    features = vectors_of(findings, [row["index"] for row in shown])
-    if settings.clip in (None, "charworld") or features is None:
+    if settings.clip in (None, "charworld"):
         return []
     from charforgex.embedders import get_clip
 
     clip = get_clip(settings.clip)
-    return facts.zero_shot(features, facts.label_vectors(clip, labels(settings)), clip.scale)
+    read, guesses = facts.label_vectors(clip, labels(settings)), []
+    for start in range(0, len(shown), TOGETHER):
+        features = vectors_of(findings, [row["index"] for row in shown[start : start + TOGETHER]])
+        guesses += facts.zero_shot(features, read, clip.scale)
+    return guesses
 
 
 def labels(settings: CurationSettings) -> facts.Labels:
