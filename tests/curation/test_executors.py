@@ -1,5 +1,6 @@
-"""The same jobs give the same results in this process, in processes, through Ray, and through a Slurm array."""
+"""The same jobs give the same results in this process, in processes, through Ray, and through a Slurm array; so do whole curations."""
 
+import json
 import os
 import signal
 import stat
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import charforgex
+from charforgex.curation import cutting
 from charforgex.curation.executors import ExecutorSettings, get_executor
+from charforgex.data.mess import write_archive, write_mess
 from charforgex.errors import CharForgeError, ConfigError, DataError
 
 ENTRY = "tests.curation.test_executors:double"
@@ -164,3 +168,74 @@ def test_options_of_another_executor_are_refused():
         ExecutorSettings(address="auto")
     with pytest.raises(ConfigError, match="executor=slurm"):
         ExecutorSettings(sbatch=("--partition=cpu",))
+
+
+# ---- whole curations ----
+
+SMALL = {"quality": {"min_side": 64, "min_detail_side": None}, "crops": {"min_side": 64, "framings": ["full"]}, "shard": 3}
+
+
+@pytest.fixture(scope="module")
+def mess(tmp_path_factory):
+    """(folder of pictures and an archive, the dataset's hash as this process alone makes it)."""
+    folder = tmp_path_factory.mktemp("mess")
+    write_mess(folder / "raw", 0, {"kept": 4, "recompressed": 1, "empty": 1}, 96)
+    write_archive(folder / "raw/pack.zip", 0, 1, 96)
+    return folder / "raw", curate(folder / "raw", folder, workers=1)
+
+
+def told(raw, folder, **curation):
+    return {"data": {"root": str(raw)}, "runs_dir": str(folder / "runs"), "out": str(folder / "out"), "curation": SMALL | curation}
+
+
+def curate(raw, folder, **curation):
+    result = charforgex.curate(**told(raw, folder, **curation))
+    assert result["classes"]["kept"] == 5
+    return result["content"]
+
+
+def test_a_plain_script_curates_with_processes(mess, tmp_path):
+    """Without a guard for `__main__`, as people write them."""
+    script = f"import charforgex; print('content', charforgex.curate(**{told(mess[0], tmp_path, workers=2)!r})['content'])"
+    (tmp_path / "plain.py").write_text(script)
+    run = subprocess.run([sys.executable, str(tmp_path / "plain.py")], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("content") == 1 and f"content {mess[1]}" in run.stdout
+
+
+def test_ray_curates(mess, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is an extra: pip install charforgex[ray]")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        assert curate(mess[0], tmp_path, executor="ray", workers=2) == mess[1]
+    finally:
+        ray.shutdown()
+
+
+def test_a_slurm_array_curates(mess, tmp_path, slurm):
+    slurm()
+    assert curate(mess[0], tmp_path, executor="slurm", workers=2, sbatch=["--partition=cpu"]) == mess[1]
+
+
+SLOWLY = """
+import time, charforgex
+from charforgex.curation import cutting
+save = cutting._save
+cutting._save = lambda *args: (time.sleep(0.2), save(*args))[1]
+charforgex.curate(**{told!r})
+"""
+
+
+def test_killed_while_it_cuts_it_goes_on(mess, tmp_path):
+    code = SLOWLY.format(told=told(mess[0], tmp_path, workers=1))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store, deadline = tmp_path / "runs/cache" / cutting.FOLDER, time.monotonic() + 120
+    while not (memos := list(store.glob("[0-9a-f]*.json"))) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    rows = [row for memo in memos for known in json.loads(memo.read_text()).values() for row in known["rows"]]
+    done = {path: path.stat().st_mtime_ns for row in rows for path in (tmp_path / "out/pictures" / row["file"],)}
+    assert 1 <= len(done) < 5 and not (tmp_path / "out/result.json").exists(), "it was killed between two shards"
+    assert curate(mess[0], tmp_path, workers=1) == mess[1]
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "what was cut is not cut again"

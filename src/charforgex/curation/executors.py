@@ -206,6 +206,7 @@ class SlurmArray:
         if not jobs:
             return
         tasks = min(self.settings.workers or 16, len(jobs))
+        self.settings.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix="slurm_") as folder:
             with open(Path(folder, "jobs.jsonl"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(job) + "\n" for job in jobs)
