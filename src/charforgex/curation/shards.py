@@ -14,10 +14,11 @@ import os
 import shutil
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,8 @@ class Column:
         self.file.close()
 
 
-# `findings` and `previews` have the ends of the lines of findings.jsonl and of the pictures in previews.jpg; `heads` the number of faces
-# up to and with each finding. So any finding is found without reading the others, in a shard of 100,000 too.
+FILES = {"findings": "findings.jsonl", "previews": "previews.jpg"}  # each with a column of where its pieces end
+# `heads` is the number of faces up to and with each finding. So any is found without reading the others, in a shard of 100,000 too.
 COLUMNS: dict[str, type] = {
     "findings": np.int64, "heads": np.int64, "faces": np.float32, "pictures": np.float32, "thumbnails": np.uint8, "previews": np.int64,
 }  # fmt: skip
@@ -141,7 +142,7 @@ def write_shard(folder: Path, root: Path, units: Sequence[ingest.Unit], settings
     told = bind(ScanSettings, json.loads(settings), "curation")
     columns = {name: Column(folder, name, kind) for name, kind in COLUMNS.items()}
     rows = heads = 0
-    with open(folder / "findings.jsonl", "wb") as file, open(folder / "previews.jpg", "wb") as shown:
+    with open(folder / FILES["findings"], "wb") as file, open(folder / FILES["previews"], "wb") as shown:
         pending: list[tuple[Finding, Image.Image | None]] = []
 
         def flush() -> None:
@@ -283,38 +284,40 @@ class Findings(Sequence[Finding]):
     def __init__(self, cache_dir: Path, shards: Sequence[str]):
         self.folders = [Path(cache_dir) / FOLDER / name for name in shards]
         self._shapes = [json.loads((folder / "shapes.json").read_text(encoding="utf-8")) for folder in self.folders]
-        self.counts = np.cumsum([0, *(shapes["findings"][0] for shapes in self._shapes)])
+        self.counts = [0, *accumulate(shapes["findings"][0] for shapes in self._shapes)]
         self._array = lru_cache(MAPPED)(self._open)
         self._finding = lru_cache(REMEMBERED)(self._read)
 
     def __len__(self) -> int:
-        return int(self.counts[-1])
+        return self.counts[-1]
 
     def place(self, index: int) -> tuple[int, int]:
         """The number of the shard that finding `index` is in, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self.counts, index, side="right")) - 1
-        return number, index - int(self.counts[number])
+        number = bisect_right(self.counts, index) - 1
+        return number, index - self.counts[number]
 
     def __getitem__(self, index: int) -> Finding:
         return self._finding(index)
 
     def _read(self, index: int) -> Finding:
         number, place = self.place(index)
-        return Finding.from_json(json.loads(self._piece(number, "findings.jsonl", self._array(number, "findings"), place)))
+        return Finding.from_json(json.loads(self._piece(number, "findings", place)))
 
-    def _piece(self, number: int, file: str, ends: np.ndarray, place: int) -> bytes:
-        first = _before(ends, place)
-        with open(self.folders[number] / file, "rb") as opened:
-            opened.seek(first)
-            return opened.read(int(ends[place]) - first)
+    def _piece(self, number: int, column: str, place: int) -> bytes:
+        """What lies between two of the ends in a column, in the file that they are of."""
+        ends = self._array(number, column)
+        return self._array(number, FILES[column])[_before(ends, place) : ends[place]].tobytes()
 
     def only(self, indices: Sequence[int]) -> Sequence[Finding]:
         """Some of them, read when asked for, too."""
         return Chosen(self, indices)
 
     def _open(self, number: int, name: str) -> np.ndarray:
+        """A column, or the bytes of another file of a shard: read by the system where they are looked at."""
+        if name not in COLUMNS:
+            return np.asarray(np.memmap(self.folders[number] / name, np.uint8, "r"))
         shape = tuple(self._shapes[number][name])
         if not math.prod(shape):
             return np.zeros(shape, COLUMNS[name])  # an empty file cannot be mapped
@@ -338,7 +341,7 @@ class Findings(Sequence[Finding]):
         """A small JPEG for the report, None where the picture was not decoded."""
         number, _ = self.place(index)
         row = self[index].row
-        return None if row is None else self._piece(number, "previews.jpg", self._array(number, "previews"), row)
+        return None if row is None else self._piece(number, "previews", row)
 
     def _row(self, index: int, name: str) -> np.ndarray | None:
         number, _ = self.place(index)
