@@ -106,17 +106,22 @@ def test_a_script_without_a_guard_runs_once(tmp_path):
     assert run.stdout.count("the script runs") == 1
 
 
-def test_ray(monkeypatch):
+@pytest.fixture(scope="module")
+def ray():
+    """A Ray of this machine's own, begun by the first test that asks for one."""
     ray = pytest.importorskip("ray", reason="Ray is an extra: pip install charforgex[ray]")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        executor = get_executor(ExecutorSettings(kind="ray", workers=2))
-        assert os.getpid() not in results(executor)
-        with pytest.raises(DataError, match="-1 is below zero"):
-            list(executor.map(ENTRY, [{"number": -1}]))
-    finally:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        yield ray
         ray.shutdown()
+
+
+def test_ray(ray):
+    executor = get_executor(ExecutorSettings(kind="ray", workers=2))
+    assert os.getpid() not in results(executor)
+    with pytest.raises(DataError, match="-1 is below zero"):
+        list(executor.map(ENTRY, [{"number": -1}]))
 
 
 SBATCH = """#!{python}
@@ -203,13 +208,8 @@ def test_a_plain_script_curates_with_processes(mess, tmp_path):
     assert run.stdout.count("content") == 1 and f"content {mess[1]}" in run.stdout
 
 
-def test_ray_curates(mess, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray", reason="Ray is an extra: pip install charforgex[ray]")
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        assert curate(mess[0], tmp_path, executor="ray", workers=2) == mess[1]
-    finally:
-        ray.shutdown()
+def test_ray_curates(ray, mess, tmp_path):
+    assert curate(mess[0], tmp_path, executor="ray", workers=2) == mess[1]
 
 
 def test_a_slurm_array_curates(mess, tmp_path, slurm):
