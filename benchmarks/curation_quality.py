@@ -80,6 +80,12 @@ def blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(picture, (0, 0), sigma * max(1, max(picture.shape) / quality.WORK))
 
 
+def moved(picture: np.ndarray, share: float) -> np.ndarray:
+    """Shaken along the diagonal by a share of the longer side."""
+    length = max(2, round(share * max(picture.shape) / 2**0.5))
+    return cv2.filter2D(picture, -1, np.eye(length, dtype=np.float32) / length, borderType=cv2.BORDER_REPLICATE)
+
+
 def grainy(picture: np.ndarray, sigma: float) -> np.ndarray:
     return np.clip(picture + np.random.default_rng(0).normal(0, sigma, picture.shape), 0, 255).astype(np.uint8)
 
@@ -109,6 +115,8 @@ SPOILT: dict[str, tuple[str, Change]] = {
     "blur, 2 px": ("sharpness", lambda p: blurred(p, 2)),
     "blur, 3 px": ("sharpness", lambda p: blurred(p, 3)),
     "blur, 3 px, and grain": ("sharpness", lambda p: grainy(blurred(p, 3), 10)),
+    "movement, 2 %": ("steadiness", lambda p: moved(p, 0.02)),
+    "movement, 5 %": ("steadiness", lambda p: moved(p, 0.05)),
     "dark, by 8": ("high", lambda p: p // 8),
     "bright, 3 times": ("low", lambda p: np.clip(p * 2.5 + 120, 0, 255).astype(np.uint8)),
     "contrast, a tenth": ("contrast", lambda p: (p // 10 + 110).astype(np.uint8)),

@@ -78,20 +78,34 @@ def barred(picture):
     return picture
 
 
+def shaken(picture, length, angle):
+    """Moved by so many pixels; `angle` in degrees."""
+    turn = cv2.getRotationMatrix2D((length / 2, length / 2), angle, 1)
+    line = np.zeros((length + 1, length + 1), np.float32)
+    line[length // 2] = 1
+    kernel = cv2.warpAffine(line, turn, line.shape)
+    return cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
+
+
 SPOILT = {
     "blurred": lambda p: cv2.GaussianBlur(p, (0, 0), 3),
+    "blurred, shaken sideways": lambda p: shaken(p, 20, 0),
+    "blurred, shaken up": lambda p: shaken(p, 20, 90),
+    "blurred, shaken aslant": lambda p: shaken(p, 24, 40),
+    "blurred, enlarged": lambda p: enlarged(p, 4),
     "noisy": lambda p: grainy(p, 25),
     "compressed": lambda p: decoded(jpeg(p, 5)),
     "marked": barred,
-    "too_small": lambda p: enlarged(p, 4),
     "exposure": lambda p: (p * 0.12).astype(np.uint8),
 }
 
 
-@pytest.mark.parametrize("kind", SPOILT)  # seen in the pixels alone; a JPEG's tables tell compression more surely
-def test_spoilt_pictures_are_told_by_their_kind(pictures, kind):
-    settings = QualitySettings(min_sharpness=None) if kind == "too_small" else QualitySettings(min_detail_side=None)
-    found = [judge(measure(spoilt), 384, 384, settings) for spoilt in map(SPOILT[kind], pictures)]
+@pytest.mark.parametrize("way", SPOILT)  # seen in the pixels alone; a JPEG's tables tell compression more surely
+def test_spoilt_pictures_are_told_by_their_kind(pictures, way):
+    kind, _, how = way.partition(", ")
+    off = {"enlarged": {"min_sharpness": None}, "": {"min_detail_side": None}}.get(how, {"min_detail_side": None, "min_sharpness": None})
+    settings = QualitySettings(**off)
+    found = [judge(measure(spoilt), 384, 384, settings) for spoilt in map(SPOILT[way], pictures)]
     right = sum(verdict is not None and verdict.kind == kind for verdict in found)
     assert right >= 0.85 * len(pictures), [verdict and verdict.reason for verdict in found]
 

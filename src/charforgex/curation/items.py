@@ -17,7 +17,7 @@ CLASSES = {
     "sidecar": "a caption or mask, used with its picture",
     "container": "an archive or video, whose pictures are listed by themselves",
     "duplicate": "the same picture as another, or nearly, and the other one is better",
-    "blurred": "out of focus or shaken",
+    "blurred": "out of focus, shaken, or enlarged",
     "exposure": "too dark, too bright or without contrast",
     "noisy": "grain hides the detail",
     "compressed": "blocks and ringing of strong compression",

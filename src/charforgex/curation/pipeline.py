@@ -158,7 +158,8 @@ def most_frequent(findings: Findings, indices: Sequence[int], threshold: float) 
     with_face = [index for index in indices if findings[index].faces]
     if not with_face:
         return None
-    found = people.most_frequent(np.concatenate([findings.face_vectors(index) for index in with_face]), threshold)
+    sample = with_face[:: math.ceil(len(with_face) / people.SAMPLE)]
+    found = people.most_frequent(np.concatenate([findings.face_vectors(index) for index in sample]), threshold)
     shown = sum(float((findings.face_vectors(index) @ found.vector).max()) >= threshold for index in with_face)
     return found, shown / len(with_face)
 

@@ -39,6 +39,7 @@ class QualitySettings:
     min_side: Annotated[int, Range(at_least=1)] | None = 256  # pixels of the shorter side
     min_detail_side: Annotated[int, Range(at_least=1)] | None = 160  # the same, of the size it really has detail for
     min_sharpness: Share | None = 0.42
+    min_steadiness: Share | None = 0.65
     max_dark: Share | None = 0.8
     max_bright: Share | None = 0.8
     min_high: Grey | None = 50.0
@@ -73,19 +74,26 @@ def judge(scores: Mapping[str, float], width: int, height: int, settings: Qualit
         scores["detail_side"] = scores["detail"] * side
     checks = (
         ("too_small", "side", "its shorter side has {:.0f} pixels", settings.min_side, None),
-        ("too_small", "detail_side", "enlarged: its shorter side has detail for {:.0f} pixels", settings.min_detail_side, None),
         ("exposure", "high", "too dark: its brightest fiftieth begins at {:.0f} of 255", settings.min_high, None),
         ("exposure", "low", "too bright: its darkest fiftieth ends at {:.0f} of 255", None, settings.max_low),
         ("exposure", "dark", "too dark: black share {:.2f}", None, settings.max_dark),
         ("exposure", "bright", "too bright: white share {:.2f}", None, settings.max_bright),
         ("exposure", "contrast", "flat: its brightness spans {:.0f} of 255", settings.min_contrast, None),
         ("exposure", "assessed_exposure", "exposure assessed as {:.2f}", settings.min_assessed, None),
+        (
+            "blurred",
+            "detail_side",
+            "enlarged or out of focus: its shorter side has detail for {:.0f} pixels",
+            settings.min_detail_side,
+            None,
+        ),
         ("blurred", "sharpness", "sharpness {:.2f}", settings.min_sharpness, None),
         ("blurred", "assessed_sharpness", "sharpness assessed as {:.2f}", settings.min_assessed, None),
         ("noisy", "noise", "noise of {:.1f} grey levels", None, settings.max_noise),
         ("noisy", "assessed_clean", "freedom from noise assessed as {:.2f}", settings.min_assessed, None),
         ("compressed", "blocks", "the edges of 8-pixel blocks stand out by {:.1f} grey levels", None, settings.max_blocks),
         ("compressed", "jpeg_quality", "JPEG quality {:.0f}", settings.min_jpeg_quality, None),
+        ("blurred", "steadiness", "shaken: edges across one direction have {:.2f} of the others' sharpness", settings.min_steadiness, None),
         ("marked", "border", "a frame takes a share of {:.2f}", None, settings.max_border),
         ("marked", "text", "lines of text take a share of {:.3f}", None, settings.max_text),
     )
@@ -151,6 +159,7 @@ def measure(pixels: np.ndarray, data: bytes | None = None) -> dict[str, float]:
     inner = grey[frame[0] : grey.shape[0] - frame[1], frame[2] : grey.shape[1] - frame[3]]
     scores = {
         "sharpness": sharpness(inner),
+        "steadiness": steadiness(inner),
         **exposure(inner),
         "noise": noise(tiles),
         "blocks": blocks(tiles),
@@ -173,18 +182,47 @@ def sharpness(grey: np.ndarray) -> float:
     """
     if min(grey.shape) < 2:
         return 1.0
-    edge = EDGE
-    if noise([grey]) > 4:  # grain is steep everywhere; the median keeps steps and takes grain away
-        grey, edge = cv2.medianBlur(grey, 5), 2 * EDGE
-    smooth = cv2.GaussianBlur(grey, (3, 3), 0.6)
-    window = np.ones((9, 9), np.uint8)
-    height = cv2.subtract(cv2.dilate(smooth, window), cv2.erode(smooth, window))[:-1, :-1]
+    smooth, edge = _without_grain(grey)
     across = cv2.max(cv2.absdiff(smooth[:, :-1], smooth[:, 1:])[:-1], cv2.absdiff(smooth[:-1], smooth[1:])[:, :-1])
-    steep = cv2.dilate(across, window)
+    found = _steepness(smooth[:-1, :-1], across, np.ones((9, 9), np.uint8), edge)
+    return 1.0 if found is None else found
+
+
+def steadiness(grey: np.ndarray) -> float:
+    """The sharpness across the softest of four directions, as a share of that across the sharpest: a shaken camera or a moving person blurs
+    along the way alone. 0.75 and more of steady pictures, 0.6 of ones that moved by a fortieth of their longer side, 0.4 by a twentieth.
+    Out of focus is steady. 1 where one direction at most has edges to tell by. Grey (H, W) uint8."""
+    if min(grey.shape) < 16:
+        return 1.0
+    smooth, edge = _without_grain(_fit(grey, WORK // 2))
+    found = []
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        line = np.zeros((9, 9), np.uint8)
+        line[4 + down * np.arange(-4, 5), 4 + right * np.arange(-4, 5)] = 1
+        height, width = smooth.shape[0] - down, smooth.shape[1] - 1
+        left = max(0, -right)
+        here = smooth[:height, left : left + width]
+        there = smooth[down : down + height, left + right : left + right + width]
+        found.append(_steepness(here, cv2.absdiff(here, there), line, edge))
+    found = [value for value in found if value is not None]
+    return min(found) / max(found) if found else 1.0
+
+
+def _without_grain(grey: np.ndarray) -> tuple[np.ndarray, int]:
+    """A little smoothed, and the grey levels that make an edge in it. Grain is steep everywhere; the median keeps steps without it."""
+    edge = EDGE
+    if noise([grey]) > 4:
+        grey, edge = cv2.medianBlur(grey, 5), 2 * EDGE
+    return cv2.GaussianBlur(grey, (3, 3), 0.6), edge
+
+
+def _steepness(grey: np.ndarray, steps: np.ndarray, window: np.ndarray, edge: int) -> float | None:
+    """The largest of `steps` in the window over what the window spans, mean of the steepest fifth of the edges; None without 64 of them."""
+    height = cv2.subtract(cv2.dilate(grey, window), cv2.erode(grey, window))
     edges = height >= edge
     if edges.sum() < 64:
-        return 1.0
-    ratio = steep[edges].astype(np.float32) / height[edges]
+        return None
+    ratio = cv2.dilate(steps, window)[edges].astype(np.float32) / height[edges]
     count = len(ratio) // 5
     return float(np.partition(ratio, -count)[-count:].mean())
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from charforgex.curation.faces import Detector
     from charforgex.embedders import Clip, Embedder
 
-VERSION = 3
+VERSION = 4
 PREVIEW = 160  # pixels of the longer side of what the report shows
 TOGETHER = 32  # pictures embedded at a time
 FOLDER = "shards"
