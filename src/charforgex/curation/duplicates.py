@@ -35,7 +35,7 @@ CANDIDATES = 1 << 21  # pairs that are compared at once: 50 MB
 AT_ONCE = 32  # pictures whose candidates get a first look together
 CELLS = 24  # a side of what the first look sees of a thumbnail
 CENTRES = (np.arange(CELLS, dtype=np.float32) + 0.5) / CELLS
-FIRST_LOOK, SECOND_LOOK = 3.5, 5.0  # times the limit: what differs by more when looked at roughly is not looked at closely
+FIRST_LOOK, SECOND_LOOK = 3.5, 4.0  # times the limit: what differs by more when looked at roughly is not looked at closely
 
 
 @dataclass(frozen=True)
@@ -315,26 +315,29 @@ def aligned_difference(one: np.ndarray, other: np.ndarray, orientation: int = 0,
     warp = np.array([[right - left, 0, left * SIDE], [0, bottom - top, top * SIDE]], np.float32)
     other = turned(other, orientation)
 
-    def refined(side: int, steps: int) -> float | None:
-        grey, target = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (one, other))
-        if side < SIDE:
-            grey, target = (cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in (grey, target))
+    def refined(side: int, steps: int) -> np.ndarray | None:
+        greys = (
+            cv2.resize(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA) for picture in (one, other)
+        )
         unit = np.array([1, 1, side / SIDE], np.float32)  # moves are in pixels
         until = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, steps, 1e-4)
         try:
-            _, better = cv2.findTransformECC(grey, target, warp * unit, cv2.MOTION_AFFINE, until, None, 3)
+            return cv2.findTransformECC(*greys, warp * unit, cv2.MOTION_AFFINE, until, None, 3)[1] / unit
         except cv2.error:  # it does not converge: these two are not alike
             return None
-        skew = abs(better[0, 1]) + abs(better[1, 0])
-        scale = better[[0, 1], [0, 1]]
-        return None if skew > 0.04 or scale.min() < 0.75 or scale.max() > 1.1 else difference(one, _warped(other, better / unit))
 
     upright = orientation == 0  # cropped copies are looked for upright only
-    if upright and math.isfinite(limit) and (early := refined(SIDE * 2 // 3, 8)) is not None and early > SECOND_LOOK * limit:
-        return early
+    if upright and math.isfinite(limit) and (rough := refined(SIDE * 2 // 3, 8)) is not None:
+        early = difference(one, _warped(other, rough))
+        if early > SECOND_LOOK * limit:
+            return early
     direct = difference(one, _warped(other, warp) if window else other)
-    last = refined(SIDE, 30) if upright and direct >= 3 else None
-    return direct if last is None else min(direct, last)
+    if not upright or direct < 3 or (better := refined(SIDE, 30)) is None:
+        return direct
+    skew, scale = abs(better[0, 1]) + abs(better[1, 0]), better[[0, 1], [0, 1]]
+    if skew > 0.04 or scale.min() < 0.75 or scale.max() > 1.1:
+        return direct
+    return min(direct, difference(one, _warped(other, better)))
 
 
 def _warped(picture: np.ndarray, warp: np.ndarray) -> np.ndarray:
