@@ -9,7 +9,8 @@ scan_vs_imagededup    the same                                                  
 neardup_10k_vs_numpy  all pairs of 10,000 hashes within 8 bits                         against  all with all by numpy's bit count
 
 The scan is what hashes and basic statistics cost. A shard of curation decodes at full size and measures everything: "stages" has pictures
-a second for each of its stages. "growth" has the near-duplicate search from a thousand hashes to a million (--quick: to 100,000).
+a second for each of its stages. "growth" has the near-duplicate search from a thousand hashes to a million (--quick: to 100,000), and
+"look_alikes" all of the search for duplicates among 1,000 different pictures of one drawn character (--quick: 200).
 imagehash comes with pip install imagehash; imagededup needs torchvision. What is not installed is skipped by name.
 """
 
@@ -37,7 +38,9 @@ import numpy as np
 from PIL import Image
 
 from charforgex.curation import duplicates, quality
+from charforgex.curation.items import Finding
 from charforgex.curation.pictures import decode_picture
+from charforgex.data.mess import Maker
 from charforgex.runs import versions
 
 GOALS = {"scan_vs_decode": 1.3, "scan_vs_imagehash": 0.4, "scan_vs_imagededup": 0.25, "neardup_10k_vs_numpy": 0.5}
@@ -142,6 +145,18 @@ def growth(counts: list[int]) -> dict[str, dict[str, float]]:
     return table
 
 
+def look_alikes(count: int) -> dict[str, float]:
+    """CPU seconds of `clusters` for pictures of one character, and how many of them it takes for another's copy."""
+    maker = Maker(0, 192)
+    small = [duplicates.thumbnail(maker.original(index)) for index in range(count)]
+    findings = [Finding(str(n), str(n), 192, 192, fingerprint=duplicates.fingerprint(one).hex) for n, one in enumerate(small)]
+    started = time.process_time()
+    found = duplicates.clusters(findings, duplicates.DuplicateSettings(), small.__getitem__)
+    seconds, joined = time.process_time() - started, sum(len(group.others) for group in found)
+    print(f"duplicates among {count:,} pictures of one character {seconds:9.3f} CPU s   {joined} joined", flush=True)
+    return {"pictures": count, "cpu_seconds": seconds, "joined": joined}
+
+
 def stages(paths: list[Path]) -> dict[str, Callable[[], object]]:
     data = [path.read_bytes() for path in paths]
     pictures = [np.asarray(decode_picture(one)) for one in data]
@@ -202,6 +217,7 @@ def main() -> None:
     for name, value in by_stage.items():
         print(f"{name:<12} {1000 * value:8.2f} CPU ms a picture {1 / value:10.0f} pictures a second")
     table = growth([1_000, 10_000, 100_000] + ([] if options.quick else [1_000_000]))
+    alike = look_alikes(200 if options.quick else 1_000)
 
     def ms(name: str) -> float:
         return 1000 * middle[name] / count
@@ -213,6 +229,7 @@ def main() -> None:
         "stages_ms": {name: 1000 * value for name, value in by_stage.items()},
         "pictures_per_second": {name: 1 / value for name, value in by_stage.items()},
         "growth": table,
+        "look_alikes": alike,
         "rounds": rounds,
     }
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}"

@@ -1,6 +1,7 @@
 """Duplicates: copies are found however they were changed, and what only looks alike stays apart."""
 
 import io
+import itertools
 import random
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from charforgex.curation.duplicates import (
     turned_hashes,
 )
 from charforgex.curation.items import Finding, Verdict
+from charforgex.data import mess
 from charforgex.errors import ConfigError
 
 
@@ -154,6 +156,54 @@ def test_changed_copies_are_found(cast, change):
 def test_pictures_of_one_character_stay_apart():
     pictures = [drawn("one character", f"context {n}") for n in range(60)]
     assert found(pictures) == []
+
+
+def ways_of(small):
+    """Each pair of thumbnails that would be compared, and the ways in which they could fit."""
+    findings = [Finding(str(n), str(n), 256, 256, fingerprint=fingerprint(one).hex) for n, one in enumerate(small)]
+    columns = duplicates._Columns(findings)
+    near = duplicates._candidates(columns, columns.order, DuplicateSettings())
+    return {one: {other: ways for other, ways in near.of(one).items() if one < other} for one in range(len(small))}
+
+
+@pytest.mark.parametrize("kind", ["recompressed", "resized", "turned", "mirrored", "trimmed", "brightened", "trimmed and changed"])
+def test_a_first_look_turns_no_copy_away(kind):
+    """Whatever the whole comparison calls the same, in any of the ways that hashes propose, passes a first look with half the limit."""
+    copies = 0
+    for number, index in itertools.product(range(8), range(2)):
+        maker = mess.Maker(number, 192)
+        _, data = mess.KINDS[kind.split()[0]][1](maker, mess.rng_of(maker, kind, index), index)
+        copy = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        if kind == "trimmed and changed":
+            smaller = cv2.resize(copy, (120, 125), interpolation=cv2.INTER_AREA)
+            copy = recompressed(np.clip(smaller * (0.7, 1.25)[index] + 5, 0, 255).astype(np.uint8), 40)
+        small = [thumbnail(maker.original(index)), thumbnail(copy)]
+        asked = ways_of(small)
+        seen = duplicates._FirstLook(small.__getitem__, 4.0)(asked)
+        for way in asked[0].get(1, ()):
+            pair = small[::-1] if way.swapped else small
+            if (value := duplicates.aligned_difference(*pair, way.orientation, way.window)) <= 8:
+                assert way in seen[0][1], f"{value:.1f} grey levels, but turned away at first"
+                assert duplicates.aligned_difference(*pair, way.orientation, way.window, 4.0) == value
+                copies += 1
+    assert copies >= 11
+
+
+def test_a_first_look_is_enough_for_most_look_alikes():
+    maker = mess.Maker(0, 192)
+    small = [thumbnail(maker.original(index)) for index in range(120)]
+    asked = ways_of(small)
+    seen = duplicates._FirstLook(small.__getitem__, 8.0)(asked)
+    left, all_of_them = (sum(len(ways) for several in found.values() for ways in several.values()) for found in (seen, asked))
+    assert all_of_them > 500 and left < 0.3 * all_of_them
+
+
+def test_a_higher_limit_lets_more_through():
+    maker = mess.Maker(1, 192)
+    small = [thumbnail(maker.original(index)) for index in range(40)]
+    asked = ways_of(small)
+    left = [sum(len(found) for found in duplicates._FirstLook(small.__getitem__, limit)(asked).values()) for limit in (0.1, 8.0, 255.0)]
+    assert left[0] < left[1] < left[2] == sum(map(len, asked.values()))
 
 
 def test_another_expression_is_another_picture():
