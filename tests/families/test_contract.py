@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from charforgex.errors import ConfigError, LoraError
 from charforgex.families import layouts, registry
-from charforgex.lora import formats
+from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, set_scales, without_adapter
 from charforgex.training.losses import Objective, diffusion_loss
 from charforgex.types import Batch, Crop, Text
@@ -152,9 +152,9 @@ def test_save_load_save_is_identical(row, parts, format, tmp_path):
     inject(parts.denoiser, row.family.lora_targets("all", parts.denoiser.config), rank=3, alpha=1.5)
     move(parts)
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
-    first = formats.save_verified(lora, tmp_path / "first.safetensors", format, row.family, parts.denoiser)
+    first = writing.save_verified(lora, tmp_path / "first.safetensors", format, row.family, parts.denoiser)
     read = formats.read(first, row.family, parts.denoiser.config)
-    second = formats.write(read, tmp_path / "second.safetensors", format, row.family, parts.denoiser.config)
+    second = writing.write(read, tmp_path / "second.safetensors", format, row.family, parts.denoiser.config)
     assert second.read_bytes() == first.read_bytes()
     with safe_open(first, framework="pt") as file:
         assert formats.identify(file.keys()) == format
@@ -176,7 +176,7 @@ def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
     move(parts)
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
     for format in formats.FORMATS:
-        tensors = formats.to_tensors(lora, format, row.family, parts.denoiser.config, torch.float32)
+        tensors = writing.to_tensors(lora, format, row.family, parts.denoiser.config, torch.float32)
         assert identify({key: tensor.shape for key, tensor in tensors.items()}) == "a LoRA"
 
 

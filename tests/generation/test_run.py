@@ -24,7 +24,7 @@ from charforgex.generation.metadata import read_recipe
 from charforgex.generation.report import _layout
 from charforgex.generation.settings import Settings
 from charforgex.generation.stack import _recipe
-from charforgex.lora import formats, metadata
+from charforgex.lora import metadata, writing
 from charforgex.lora.state import Lora, LoraLayer
 
 FAMILY = Sdxl()
@@ -76,7 +76,7 @@ def lora_file(path, base, trigger="zqx", seed=0, family=FAMILY, **headers):
     header = metadata.build(lora, family, title=path.stem, base=str(base), trigger=trigger) | headers
     header = {key: value for key, value in header.items() if value is not None}
     format = "kohya" if family is FAMILY else "diffusers"
-    return formats.write(lora, path, format, family, denoiser.config, torch.float32, header)
+    return writing.write(lora, path, format, family, denoiser.config, torch.float32, header)
 
 
 @pytest.fixture(scope="module")

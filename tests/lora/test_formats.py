@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from charforgex.errors import LoraError
 from charforgex.families.sdxl import Sdxl
-from charforgex.lora import formats, names
+from charforgex.lora import formats, names, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.state import Lora, LoraLayer
 
@@ -92,7 +92,7 @@ def test_real_size_files_load_in_diffusers_without_a_key_left(family):
     """diffusers' own conversion of our kohya keys at SDXL's real size gives back exactly our module paths."""
     paths = [ours for ours in kohya_names(family) if ours.startswith("unet.") and ours.endswith(tuple(KOHYA_DEFAULT))]
     lora = Lora({path: LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0) for path in paths})
-    tensors = formats.to_tensors(lora, "kohya", family, REAL, torch.float16)
+    tensors = writing.to_tensors(lora, "kohya", family, REAL, torch.float16)
     assert len(tensors) == 3 * 722
     config = type("Config", (), REAL)
     converted, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=config)
@@ -111,11 +111,11 @@ def test_round_trip_is_identical(family, parts, lora, tmp_path, format, dtype):
     odd = next(iter(lora.layers))
     lora.layers[odd] = LoraLayer(lora.layers[odd].down[:3], lora.layers[odd].up[:, :3], 0.1)  # another rank, an alpha no half can hold
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    formats.write(lora, first, format, family, parts.denoiser.config, dtype)
+    writing.write(lora, first, format, family, parts.denoiser.config, dtype)
     again = formats.read(first, family, parts.denoiser.config)
     assert same(again, lora.rounded(dtype))
     assert again.metadata["charforgex.trigger"] == "ohwx"
-    formats.write(again, second, format, family, parts.denoiser.config, dtype)
+    writing.write(again, second, format, family, parts.denoiser.config, dtype)
     assert first.read_bytes() == second.read_bytes()
     assert {t.dtype for key, t in load_file(first).items() if "alpha" not in key} == {dtype}
 
@@ -125,7 +125,7 @@ def test_formats_convert_into_each_other(family, parts, lora, tmp_path):
     config = parts.denoiser.config
     for i, format in enumerate(["diffusers", "kohya", "comfyui", "diffusers"]):
         path = tmp_path / f"{i}.safetensors"
-        formats.write(lora, path, format, family, config)
+        writing.write(lora, path, format, family, config)
         lora = formats.read(path, family, config)
         with safe_open(path, "pt") as file:
             assert (formats.ADAPTER_METADATA in file.metadata()) == (format == "diffusers")  # diffusers refuses it beside alphas
@@ -179,7 +179,7 @@ def test_diffusers_loads_our_files_and_computes_the_same(family, parts, trained,
     if kind == "with text encoders":
         lora = Lora(lora.layers | text_layers())
     path = tmp_path / "hero.safetensors"
-    formats.write(lora, path, format, family, parts.denoiser.config, torch.float32)
+    writing.write(lora, path, format, family, parts.denoiser.config, torch.float32)
 
     ours, theirs = family.tiny(), family.tiny()
     assert load_adapter(ours, formats.read(path, family, ours.denoiser.config), "hero") == len(lora)
@@ -217,7 +217,7 @@ def layers_of(network):
 def test_whole_pictures_are_equal(family, parts, lora, tmp_path):
     """The pipeline with diffusers' loader and the pipeline with ours, from prompt to latents."""
     path = tmp_path / "hero.safetensors"
-    formats.save_verified(lora, path, "kohya", family, parts.denoiser)
+    writing.save_verified(lora, path, "kohya", family, parts.denoiser)
     ours, theirs = family.tiny(), family.tiny()
     load_adapter(ours, formats.read(path, family, ours.denoiser.config), "hero")
     pipelines = [family.pipeline(p) for p in (ours, theirs, family.tiny())]
@@ -235,7 +235,7 @@ def test_whole_pictures_are_equal(family, parts, lora, tmp_path):
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_leftover_keys_are_counted_and_named(family, parts, lora, tmp_path, format):
-    tensors = formats.to_tensors(lora, format, family, parts.denoiser.config, torch.float16)
+    tensors = writing.to_tensors(lora, format, family, parts.denoiser.config, torch.float16)
     stray = {"diffusers": "unet.down_blocks.9.x.lora_A.weight", "kohya": "lora_te4_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"}[
         format
     ]
@@ -249,7 +249,7 @@ def test_leftover_keys_are_counted_and_named(family, parts, lora, tmp_path, form
 
 def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
     config = parts.denoiser.config
-    tensors = formats.to_tensors(lora, "kohya", family, config, torch.float16)
+    tensors = writing.to_tensors(lora, "kohya", family, config, torch.float16)
     key = "lora_unet_middle_block_1_proj_in.lora_up.weight"
     with pytest.raises(LoraError, match=r"1 layers lack one of their two factors: unet\.mid_block\.attentions\.0\.proj_in"):
         formats.from_tensors({k: v for k, v in tensors.items() if k != key}, {}, family, config)
@@ -259,13 +259,13 @@ def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
         formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(1, 8)}, {}, family, config)
     settings = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
     with pytest.raises(LoraError, match=r"unet\.use_dora"):
-        formats.from_tensors(formats.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)
+        formats.from_tensors(writing.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)
 
 
 def test_alphas_of_a_diffusers_header(family, parts, lora):
     """One value, exceptions by path and by pattern, as peft reads them; without a header alpha is the rank."""
     config = parts.denoiser.config
-    tensors = formats.to_tensors(lora, "diffusers", family, config, torch.float32)
+    tensors = writing.to_tensors(lora, "diffusers", family, config, torch.float32)
     one, two = "mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"
     settings = {"unet.lora_alpha": 8, "unet.alpha_pattern": {one: 0.5, r"attn2\.to_q": 3, "^" + two: 5}}
     read = formats.from_tensors(tensors, {formats.ADAPTER_METADATA: json.dumps(settings)}, family, config).of("unet")
@@ -276,7 +276,7 @@ def test_alphas_of_a_diffusers_header(family, parts, lora):
 
 @pytest.mark.parametrize("header", ["{", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "3"])
 def test_headers_that_make_no_sense(family, parts, lora, header):
-    tensors = formats.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
     with pytest.raises(LoraError, match="lora_adapter_metadata cannot be understood"):
         formats.from_tensors(tensors, {formats.ADAPTER_METADATA: header}, family, parts.denoiser.config)
 
@@ -290,7 +290,7 @@ def test_headers_that_make_no_sense(family, parts, lora, header):
     ],
 )
 def test_layers_that_make_no_sense_are_named(family, parts, lora, change, reason):
-    tensors = formats.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
     tensors |= {f"lora_unet_middle_block_1_proj_in{end}": value for end, value in change.items()}
     with pytest.raises(LoraError, match=rf"unet\.mid_block\.attentions\.0\.proj_in.*{reason}"):
         formats.from_tensors(tensors, {}, family, parts.denoiser.config)
@@ -336,19 +336,19 @@ def test_useless_adapters_are_never_saved(family, parts, trained, tmp_path):
     path.write_bytes(b"the last good one")
     inject(parts.denoiser, ["to_q"], rank=2, alpha=1.0)
     with pytest.raises(LoraError, match=r"All \d+ layers are zero"):
-        formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "kohya", family, parts.denoiser)
+        writing.save_verified(read_adapter(parts.denoiser, "unet"), path, "kohya", family, parts.denoiser)
     parameters = adapter_parameters(parts.denoiser)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.fill_(1e6)
     with pytest.raises(LoraError, match=r"does not fit into torch.float16"):
-        formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "kohya", family, parts.denoiser)
+        writing.save_verified(read_adapter(parts.denoiser, "unet"), path, "kohya", family, parts.denoiser)
     with torch.no_grad():
         next(iter(parameters.values()))[0, 0] = float("nan")
     with pytest.raises(LoraError, match=r"1 of \d+ layers hold values that are not finite: unet\."):
-        formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "diffusers", family, parts.denoiser, torch.float32)
+        writing.save_verified(read_adapter(parts.denoiser, "unet"), path, "diffusers", family, parts.denoiser, torch.float32)
     with pytest.raises(LoraError, match="choose diffusers, kohya, comfyui, ai-toolkit"):
-        formats.save_verified(read_adapter(parts.denoiser, "unet"), path, "pickle", family, parts.denoiser)
+        writing.save_verified(read_adapter(parts.denoiser, "unet"), path, "pickle", family, parts.denoiser)
     assert path.read_bytes() == b"the last good one" and [p.name for p in tmp_path.iterdir()] == ["hero.safetensors"]
 
 
@@ -357,7 +357,7 @@ def test_save_verified_in_bfloat16_models(family, parts, trained, tmp_path, form
     parts.denoiser.to(torch.bfloat16)
     trained(parts)
     lora = read_adapter(parts.denoiser, "unet")
-    path = formats.save_verified(lora, tmp_path / "x.safetensors", format, family, parts.denoiser, torch.bfloat16)
+    path = writing.save_verified(lora, tmp_path / "x.safetensors", format, family, parts.denoiser, torch.bfloat16)
     assert same(formats.read(path, family, parts.denoiser.config), lora.rounded(torch.bfloat16))
 
 
@@ -385,14 +385,14 @@ def swap(places):
 def test_a_file_that_comes_back_differently_is_not_kept(family, parts, lora, tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(LoraError, match=r"2 of \d+ layers come back changed: unet\.mid_block.*attn1\.to_q"):
-        formats.save_verified(lora, path, "kohya", Forgetful(family, swap), parts.denoiser)
+        writing.save_verified(lora, path, "kohya", Forgetful(family, swap), parts.denoiser)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_average_of_the_weights_is_saved_as_given(family, parts, lora, tmp_path):
     """`lora` may be a moving average: its values are saved, not those that the denoiser holds."""
     average = Lora({name: layer.map(lambda x: x * 0.5) for name, layer in lora.layers.items()})
-    path = formats.save_verified(average, tmp_path / "x.safetensors", "diffusers", family, parts.denoiser, torch.float32)
+    path = writing.save_verified(average, tmp_path / "x.safetensors", "diffusers", family, parts.denoiser, torch.float32)
     assert same(formats.read(path, family, parts.denoiser.config), average)
     assert same(read_adapter(parts.denoiser, "unet"), lora)
 
@@ -400,7 +400,7 @@ def test_the_average_of_the_weights_is_saved_as_given(family, parts, lora, tmp_p
 def test_an_alpha_that_differs_from_the_trained_one_is_not_saved(family, parts, lora, tmp_path):
     wrong = Lora({name: LoraLayer(layer.down, layer.up, layer.alpha * 2) for name, layer in lora.layers.items()})
     with pytest.raises(LoraError, match="give other outputs when loaded"):
-        formats.save_verified(wrong, tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
+        writing.save_verified(wrong, tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
     with pytest.raises(LoraError, match="differ in their layers"):
-        formats.save_verified(Lora(dict(list(lora.layers.items())[1:])), tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
+        writing.save_verified(Lora(dict(list(lora.layers.items())[1:])), tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from charforgex.errors import LoraError
-from charforgex.lora import formats
+from charforgex.lora import writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, same_output, set_scales, without_adapter
 from charforgex.lora.state import Lora, LoraLayer
 
@@ -201,7 +201,7 @@ def test_saving_during_training_goes_on_as_if_nothing_happened(family, tmp_path,
             optimizer.step()
             optimizer.zero_grad()
             if save:
-                formats.save_verified(read_adapter(parts.denoiser, "unet"), tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
+                writing.save_verified(read_adapter(parts.denoiser, "unet"), tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
         return parameters
 
     plain, saved = train(False), train(True)

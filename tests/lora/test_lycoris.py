@@ -9,7 +9,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from safetensors import safe_open
 
 from charforgex.errors import LoraError
-from charforgex.lora import formats
+from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.metadata import build
 from charforgex.lora.state import Lora
@@ -35,11 +35,11 @@ def trained(row, kind, targets="attention"):
 def test_files_hold_what_was_trained_and_are_read_back_bit_for_bit(row, kind, tmp_path):
     parts = trained(row, kind, "attention" if row.family.name == "sdxl" else "all")
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
-    path = formats.save_verified(lora, tmp_path / "a.safetensors", "kohya", row.family, parts.denoiser, metadata={"a": "b"})
+    path = writing.save_verified(lora, tmp_path / "a.safetensors", "kohya", row.family, parts.denoiser, metadata={"a": "b"})
     again = formats.read(path, row.family, parts.denoiser.config)
     assert again.kinds() == [kind] and again.layers.keys() == lora.layers.keys()
     assert all(layer.equals(again.layers[name]) for name, layer in lora.rounded(torch.float16).layers.items())
-    formats.write(again, tmp_path / "b.safetensors", "kohya", row.family, parts.denoiser.config)
+    writing.write(again, tmp_path / "b.safetensors", "kohya", row.family, parts.denoiser.config)
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
@@ -48,7 +48,7 @@ def test_files_hold_what_was_trained_and_are_read_back_bit_for_bit(row, kind, tm
     joined = {key for key in keys if key.startswith("lycoris_")}
     assert bool(joined) == (row.family.name != "sdxl") and all(key.startswith(("lora_unet_", "lycoris_")) for key in keys)
     with pytest.raises(LoraError, match=f"comfyui cannot hold {kind}; write kohya"):
-        formats.to_tensors(lora, "comfyui", row.family, parts.denoiser.config, torch.float16)
+        writing.to_tensors(lora, "comfyui", row.family, parts.denoiser.config, torch.float16)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -56,7 +56,7 @@ def test_files_hold_what_was_trained_and_are_read_back_bit_for_bit(row, kind, tm
 def test_diffusers_loads_a_dora_file_and_computes_the_same(row, tmp_path):
     parts = trained(row, "dora", "all")
     lora = read_adapter(parts.denoiser, row.family.denoiser_name)
-    path = formats.save_verified(lora, tmp_path / "a.safetensors", "diffusers", row.family, parts.denoiser, torch.float32)
+    path = writing.save_verified(lora, tmp_path / "a.safetensors", "diffusers", row.family, parts.denoiser, torch.float32)
     theirs, ours = row.family.tiny(), row.family.tiny()
     batch = batch_of(row, theirs)
     load_adapter(ours, formats.read(path, row.family, ours.denoiser.config), "mine")
@@ -75,14 +75,14 @@ def test_diffusers_cannot_hold_loha_and_lokr(tmp_path):
         parts = trained(row, kind)
         lora = read_adapter(parts.denoiser, "transformer")
         with pytest.raises(LoraError, match=f"diffusers cannot hold {kind}; write kohya"):
-            formats.save_verified(lora, tmp_path / "a.safetensors", "diffusers", row.family, parts.denoiser)
+            writing.save_verified(lora, tmp_path / "a.safetensors", "diffusers", row.family, parts.denoiser)
     assert not list(tmp_path.iterdir())
     parts = trained(row, "dora")
     dora = read_adapter(parts.denoiser, "transformer")
     name, layer = next(iter(dora.layers.items()))
     mixed = Lora(dora.layers | {name: replace(layer, magnitude=None)})
     with pytest.raises(LoraError, match="transformer is partly DoRA"):
-        formats.to_tensors(mixed, "diffusers", row.family, parts.denoiser.config, torch.float16)
+        writing.to_tensors(mixed, "diffusers", row.family, parts.denoiser.config, torch.float16)
 
 
 def test_lycoris_files_of_others(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from charforgex.lora import formats, metadata
+from charforgex.lora import formats, metadata, writing
 from charforgex.lora.inject import read_adapter
 from charforgex.lora.state import Lora, LoraLayer
 
@@ -66,7 +66,7 @@ def test_several_ranks_are_dynamic(lora, family):
 
 def test_hashes_are_those_of_a1111_and_civitai(lora, family, parts, tmp_path):
     path = tmp_path / "hero.safetensors"
-    formats.save_verified(lora, path, "kohya", family, parts.denoiser, metadata=described(lora, family))
+    writing.save_verified(lora, path, "kohya", family, parts.denoiser, metadata=described(lora, family))
     content = path.read_bytes()
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
     assert metadata.hashes(path) == {
@@ -88,7 +88,7 @@ def test_equal_exports_are_equal_bytes(lora, family, parts, tmp_path):
     """safetensors itself writes metadata in an order that changes from call to call; 30 keys would hardly agree by chance."""
     config = parts.denoiser.config
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    formats.write(lora, paths[0], "kohya", family, config, torch.float32, described(lora, family))
-    formats.write(lora, paths[1], "kohya", family, config, torch.float32, dict(reversed(described(lora, family).items())))
-    formats.write(formats.read(paths[0], family, config), paths[2], "kohya", family, config, torch.float32)
+    writing.write(lora, paths[0], "kohya", family, config, torch.float32, described(lora, family))
+    writing.write(lora, paths[1], "kohya", family, config, torch.float32, dict(reversed(described(lora, family).items())))
+    writing.write(formats.read(paths[0], family, config), paths[2], "kohya", family, config, torch.float32)
     assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()

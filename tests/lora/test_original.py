@@ -11,7 +11,7 @@ from charforgex.families.flux import Flux
 from charforgex.families.parts import adaptable
 from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
-from charforgex.lora import formats
+from charforgex.lora import formats, writing
 from charforgex.lora.inject import load_adapter
 from charforgex.lora.names import Names
 from charforgex.lora.state import Lora, LoraLayer
@@ -87,8 +87,8 @@ def test_the_original_network_is_changed_alike(name, format, tmp_path):
     ours, original = family.tiny(), family.tiny()
     paths = [path for paths in table.values() for path in paths]
     lora = every_layer(family, ours, paths)
-    path = formats.write(lora, tmp_path / "x.safetensors", format, family, ours.denoiser.config, torch.float32)
-    tensors = formats.to_tensors(lora, format, family, ours.denoiser.config, torch.float32)
+    path = writing.write(lora, tmp_path / "x.safetensors", format, family, ours.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(lora, format, family, ours.denoiser.config, torch.float32)
     assert load_adapter(ours, formats.read(path, family, ours.denoiser.config), "x") == len(lora)
     change_original(original, table, tensors, named, formats.WRITTEN[format])
     prediction = predict(family, ours)
@@ -136,7 +136,7 @@ def test_diffusers_converts_the_original_change_to_ours(name):
     converter = getattr(single_file_utils, f"convert_{name}_transformer_checkpoint_to_diffusers")
     family = FAMILIES[name]
     lora = narrow(family, config)
-    tensors = formats.to_tensors(lora, "comfyui", family, config, torch.float32)
+    tensors = writing.to_tensors(lora, "comfyui", family, config, torch.float32)
     checkpoint, other = {}, ["pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias"]
     for theirs in table:
         module = f"diffusion_model.{theirs}"

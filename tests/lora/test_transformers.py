@@ -12,7 +12,7 @@ from charforgex.errors import LoraError
 from charforgex.families.flux import Flux
 from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
-from charforgex.lora import formats
+from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.state import Lora, LoraLayer
 from tests.lora import published
@@ -43,7 +43,7 @@ def test_a_part_of_a_joined_weight_can_be_adapted_alone(format, tmp_path):
     """Attention without the MLP that stands in the same weight of a single block; and no alpha, where the format has none."""
     family = Flux()
     parts, lora = trained(family, [*ATTENTION, "add_k_proj"])
-    path = formats.save_verified(lora, tmp_path / "x.safetensors", format, family, parts.denoiser)
+    path = writing.save_verified(lora, tmp_path / "x.safetensors", format, family, parts.denoiser)
     read = formats.read(path, family, parts.denoiser.config)
     assert read.layers.keys() == lora.layers.keys()
     has_alpha = format not in ("ai-toolkit", "xlabs")
@@ -51,7 +51,7 @@ def test_a_part_of_a_joined_weight_can_be_adapted_alone(format, tmp_path):
     for name, layer in lora.layers.items():
         torch.testing.assert_close(read.layers[name].delta(), layer.delta(), rtol=0, atol=2e-3)
         assert not has_alpha or read.layers[name].equals(layer.map(lambda x: x.half().float()))
-    again = formats.write(read, tmp_path / "y.safetensors", format, family, parts.denoiser.config)
+    again = writing.write(read, tmp_path / "y.safetensors", format, family, parts.denoiser.config)
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -65,7 +65,7 @@ def test_parts_of_other_ranks_and_alphas_are_saved(name, format, tmp_path):
     for path, layer in lora.layers.items():
         if path.endswith("to_k"):
             lora.layers[path] = LoraLayer(layer.down[:1], layer.up[:, :1], 0.7)
-    path = formats.write(lora, tmp_path / "x.safetensors", format, family, parts.denoiser.config, torch.float32)
+    path = writing.write(lora, tmp_path / "x.safetensors", format, family, parts.denoiser.config, torch.float32)
     read = formats.read(path, family, parts.denoiser.config)
     for layer_name, layer in lora.layers.items():
         torch.testing.assert_close(read.layers[layer_name].delta(), layer.delta(), rtol=1e-6, atol=1e-6)
@@ -77,7 +77,7 @@ def test_a_wrong_value_in_a_restated_layer_is_not_saved(tmp_path):
     parts, lora = trained(family, ATTENTION)
     wrong = Lora({name: LoraLayer(layer.down, layer.up, layer.alpha * 1.02) for name, layer in lora.layers.items()})
     with pytest.raises(LoraError, match="give other outputs when loaded"):
-        formats.save_verified(wrong, tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
+        writing.save_verified(wrong, tmp_path / "x.safetensors", "kohya", family, parts.denoiser)
     assert not list(tmp_path.iterdir())
 
 
@@ -85,20 +85,20 @@ def test_what_a_format_cannot_hold_is_named():
     family = Flux()
     parts, lora = trained(family, [*ATTENTION, "proj_mlp", "norm1.linear"])
     with pytest.raises(LoraError, match=r"2 of \d+ layers have no place in the format xlabs: .*proj_mlp"):
-        formats.to_tensors(lora, "xlabs", family, parts.denoiser.config, torch.float32)
+        writing.to_tensors(lora, "xlabs", family, parts.denoiser.config, torch.float32)
     with pytest.raises(LoraError, match="sd3 has no LoRA format xlabs; choose diffusers, kohya, comfyui, ai-toolkit"):
-        formats.to_tensors(lora, "xlabs", Sd3(), Sd3().tiny().denoiser.config, torch.float32)
+        writing.to_tensors(lora, "xlabs", Sd3(), Sd3().tiny().denoiser.config, torch.float32)
 
 
 def test_alphas_that_float32_would_round_are_exact():
     family = Flux()
     parts = family.tiny()
     lora = every_layer(family, parts, ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "x_embedder"], rank=3, alpha=0.1)
-    tensors = formats.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
     assert tensors["lora_unet_img_in.alpha"].item() == 0.1
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"].item() == 0.2
     half = Lora({name: LoraLayer(layer.down, layer.up, 1.5) for name, layer in lora.layers.items()})
-    kept = formats.to_tensors(half, "kohya", family, parts.denoiser.config, torch.float32)
+    kept = writing.to_tensors(half, "kohya", family, parts.denoiser.config, torch.float32)
     assert {tensor.dtype for key, tensor in kept.items() if key.endswith("alpha")} == {torch.float32}
 
 
@@ -107,7 +107,7 @@ def test_rank_stabilised_alphas_are_read():
     family = Sd3()
     parts = family.tiny()
     lora = every_layer(family, parts, ["transformer_blocks.0.attn.to_q"], rank=4)
-    tensors = formats.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
     settings = {"transformer.lora_alpha": 2, "transformer.use_rslora": True}
     read = formats.from_tensors(tensors, {formats.ADAPTER_METADATA: json.dumps(settings)}, family, parts.denoiser.config)
     assert [layer.scale for layer in read.layers.values()] == [1.0]
@@ -116,7 +116,7 @@ def test_rank_stabilised_alphas_are_read():
 def test_zero_differences_of_biases_and_norms_are_nothing_and_others_are_named():
     family = Flux()
     parts = family.tiny()
-    tensors = formats.to_tensors(every_layer(family, parts), "kohya", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(every_layer(family, parts), "kohya", family, parts.denoiser.config, torch.float32)
     stray = {"lora_unet_img_in.diff_b": torch.zeros(32), "diffusion_model.single_blocks.0.norm.key_norm.scale.diff": torch.zeros(16)}
     assert (
         len(formats.from_tensors(tensors | stray, {}, family, parts.denoiser.config)) == len(tensors) // 3 + 7
@@ -136,7 +136,7 @@ def test_diffusers_loads_our_diffusers_files_and_computes_the_same(name, tmp_pat
     lora = every_layer(family, ours)
     for i, (path, layer) in enumerate(list(lora.layers.items())):
         lora.layers[path] = LoraLayer(layer.down[: 1 + i % 2], layer.up[:, : 1 + i % 2], (0.5, 2.0, 6.0)[i % 3])
-    path = formats.write(lora, tmp_path / "x.safetensors", "diffusers", family, ours.denoiser.config, torch.float32)
+    path = writing.write(lora, tmp_path / "x.safetensors", "diffusers", family, ours.denoiser.config, torch.float32)
     load_adapter(ours, formats.read(path, family, ours.denoiser.config), "x")
     family.pipeline(theirs).load_lora_weights(str(path))
     assert adapted(theirs.denoiser) == len(lora)
@@ -148,7 +148,7 @@ def test_diffusers_reads_our_flux_kohya_blocks_at_real_size_and_drops_the_rest()
     """Its converter knows one size alone, and gives what is outside of the blocks names under which nothing is loaded."""
     family, config = Flux(), published.FLUX_REAL | {"num_layers": 1, "num_single_layers": 1}
     lora = narrow(family, config)
-    tensors = formats.to_tensors(lora, "kohya", family, config, torch.float32)
+    tensors = writing.to_tensors(lora, "kohya", family, config, torch.float32)
     converted = FluxPipeline.lora_state_dict(dict(tensors))
     found = {key.removesuffix(".lora_A.weight") for key in converted if key.endswith(".lora_A.weight")}
     blocks = {name for name in lora.layers if "blocks" in name}
@@ -169,7 +169,7 @@ def test_sd3_kohya_files(tmp_path):
     family = Sd3()
     ours, theirs = family.tiny(), family.tiny()
     lora = every_layer(family, ours)
-    path = formats.write(lora, tmp_path / "x.safetensors", "kohya", family, ours.denoiser.config)
+    path = writing.write(lora, tmp_path / "x.safetensors", "kohya", family, ours.denoiser.config)
     family.pipeline(theirs).load_lora_weights(str(path))
     assert adapted(theirs.denoiser) == 0, "loaded without an error, and nothing is adapted"
     assert load_adapter(ours, formats.read(path, family, ours.denoiser.config), "x") == len(lora) == adapted(ours.denoiser)
@@ -182,7 +182,7 @@ def test_one_stray_key_in_sdxl_kohya_files(tmp_path):
     with torch.no_grad():
         for parameter in adapter_parameters(ours.denoiser).values():
             parameter.add_(0.1)
-    tensors = formats.to_tensors(read_adapter(ours.denoiser, "unet"), "kohya", family, ours.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(read_adapter(ours.denoiser, "unet"), "kohya", family, ours.denoiser.config, torch.float32)
     tensors["lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"] = torch.ones(2, 8)
     family.pipeline(theirs).load_lora_weights(dict(tensors))
     assert adapted(theirs.denoiser) == 0, "nothing is adapted because of one key"
@@ -193,12 +193,12 @@ def test_one_stray_key_in_sdxl_kohya_files(tmp_path):
 def test_dora_scales():
     family, config = Flux(), Flux().tiny().denoiser.config
     lora = every_layer(family, family.tiny(), ["transformer_blocks.0.attn.to_out.0"])
-    tensors = formats.to_tensors(lora, "kohya", family, config, torch.float32)
+    tensors = writing.to_tensors(lora, "kohya", family, config, torch.float32)
     tensors["lora_unet_double_blocks_0_img_attn_proj.dora_scale"] = torch.ones(32, 1)
     converted = FluxPipeline.lora_state_dict(dict(tensors))
     assert {key.rpartition(".lora_")[2] for key in converted} == {"A.weight", "B.weight"}, "used as if it were a plain LoRA"
     assert formats.from_tensors(tensors, {}, family, config).kinds() == ["dora"]
-    joined = formats.to_tensors(
+    joined = writing.to_tensors(
         every_layer(family, family.tiny(), ["transformer_blocks.0.attn.to_q"]), "kohya", family, config, torch.float32
     )
     joined["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] = torch.ones(96, 1)
@@ -227,7 +227,7 @@ def test_small_flux_files():
     """diffusers' converter has 3072 in it."""
     family = Flux()
     parts = family.tiny()
-    tensors = formats.to_tensors(every_layer(family, parts), "kohya", family, parts.denoiser.config, torch.float32)
+    tensors = writing.to_tensors(every_layer(family, parts), "kohya", family, parts.denoiser.config, torch.float32)
     with pytest.raises(AssertionError):
         FluxPipeline.lora_state_dict(dict(tensors))
     assert formats.from_tensors(tensors, {}, family, parts.denoiser.config)
@@ -249,10 +249,10 @@ def test_diffusers_exports_kohya_files_of_another_strength():
     family = Flux()
     parts = family.tiny()
     lora = every_layer(family, parts, ["transformer_blocks.0.attn.to_out.0"], rank=2, alpha=8.0)
-    file = formats.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
+    file = writing.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
     theirs = convert_state_dict_to_kohya(file)
     assert "transformer_transformer_blocks_0_attn_to_out_0.lora_down.weight" in theirs
     alphas = [tensor.item() for key, tensor in theirs.items() if key.endswith("alpha")]
     assert alphas == [2.0]
-    ours = formats.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
+    ours = writing.to_tensors(lora, "kohya", family, parts.denoiser.config, torch.float32)
     assert ours["lora_unet_double_blocks_0_img_attn_proj.alpha"].item() == 8.0

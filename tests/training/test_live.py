@@ -11,7 +11,7 @@ from charforgex.families.tokens import save_tokens, usual_length
 from charforgex.generation.run import load
 from charforgex.generation.settings import Settings
 from charforgex.generation.stack import read_stack
-from charforgex.lora import formats
+from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapters, without_adapter
 from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
 from charforgex.training.losses import Objective
@@ -117,7 +117,7 @@ def test_files_give_the_trained_text_back(family, tmp_path, format):
     move(adapter_parameters(base.denoiser))
     lora = read_adapters({family.denoiser_name: base.denoiser, **live.networks})
     path, config = tmp_path / "x.safetensors", base.denoiser.config
-    formats.save_verified(lora, path, format, family, base.denoiser, torch.float32, encoders=live.networks)
+    writing.save_verified(lora, path, format, family, base.denoiser, torch.float32, encoders=live.networks)
     whole = family.tiny()
     assert load_adapter(whole, formats.read(path, family, config), "mine") == len(lora) > len(adapted)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_generation_finds_the_tokens_beside_the_lora(family, tmp_path):
     path = tmp_path / "x.safetensors"
     metadata = {"charforgex.family": family.name, "charforgex.trigger": "zkx woman", "charforgex.tokens": "x_tokens.safetensors"}
     lora = read_adapters({family.denoiser_name: base.denoiser, **live.adapters()})
-    formats.save_verified(lora, path, "kohya", family, base.denoiser, metadata=metadata)
+    writing.save_verified(lora, path, "kohya", family, base.denoiser, metadata=metadata)
     with pytest.raises(LoraError, match=r"x_tokens\.safetensors cannot be read.*beside the LoRA"):
         read_stack(Settings(lora=str(path), base="tiny", prompt="a zkx woman"))
     save_tokens(tmp_path / "x_tokens.safetensors", family, {name: new.values() for name, new in live.tokens.items()})

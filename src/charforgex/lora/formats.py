@@ -1,4 +1,4 @@
-"""LoRA files: reading, writing, and saving with proof that the file is right.
+"""LoRA files: what formats there are, and reading them. `writing.py` writes.
 
 diffusers    `unet.<path>.lora_A.weight`, `.lora_B.weight`; alpha in the header's `lora_adapter_metadata`
 kohya        `lora_unet_<original path with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`: ComfyUI, A1111, Forge
@@ -11,28 +11,25 @@ Every key of a file is accounted for: what is left over is a LoraError that name
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from charforgex.errors import LoraError
 from charforgex.lora import lycoris
 from charforgex.lora.identify import family_of, identify
-from charforgex.lora.inject import TEXT_PREFIX, same_output
-from charforgex.lora.joined import alike, join, split, swap_halves
-from charforgex.lora.names import Names, Parts, Spelling, Table
+from charforgex.lora.inject import TEXT_PREFIX
+from charforgex.lora.joined import split, swap_halves
+from charforgex.lora.names import Names, Parts, Spelling
 from charforgex.lora.state import Layer, Lora, LoraLayer, some
-from charforgex.runs import replace_atomic
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,26 @@ def read(path: str | Path, family: Spelling, denoiser_config: Mapping[str, Any])
 
     Raises LoraError if the file is unreadable, of an unknown format, or has keys that are left over.
     """
-    with _opened(Path(path)) as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    try:
-        return from_tensors(tensors, metadata, family, denoiser_config)
-    except LoraError as error:
-        raise LoraError(f"{path}: {error}") from error
+    with open_lora(path, Names(family, denoiser_config)) as file:
+        return file.load()
+
+
+@contextmanager
+def open_lora(path: str | Path, names: Names) -> Iterator[LoraFile]:
+    """`read` for what need not be in memory as a whole."""
+    path = Path(path)
+    with opened(path) as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        try:
+            yield LoraFile(shapes, file.metadata() or {}, names, file.get_tensor)
+        except LoraError as error:
+            raise LoraError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """A LoRA file's metadata, and its shapes by key; no tensor is read. Raises LoraError if it is no LoRA file that can be read."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     try:
@@ -89,7 +94,8 @@ def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises LoraError."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -105,50 +111,82 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Spelling, denoiser_config: Mapping[str, Any]) -> Lora:
     """`read` for a file that is in memory."""
-    identify(tensors)
-    readable = Names(family, denoiser_config).readable()
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by name in the file
-    left_over = []
-    for key, tensor in tensors.items():
-        end = next((end for end in SIDES if key.endswith(end)), None)
-        module = key.removesuffix(end) if end else key
-        if end is None or module not in readable:
-            left_over.append(key)
-        elif SIDES[end] in found[module]:
-            raise LoraError(f"{_said(readable[module])} is there twice under two spellings, one of them {key}.")
-        else:
-            found[module][SIDES[end]] = tensor
-    left_over = [key for key in left_over if not (key.endswith((".diff", ".diff_b")) and not tensors[key].any())]  # they change nothing
-    if left_over:
-        raise LoraError(
-            f"{len(left_over)} of {len(tensors)} keys belong to no module of this {family.name} model: {some(left_over)}."
-            f"{_hint(tensors, left_over, family)}"
-        )
-    spelled: dict[str, str] = {}
-    for module in found:
-        for name, _ in readable[module]:
-            if spelled.setdefault(name, module) != module:
-                raise LoraError(f"{name} is there twice under two spellings, {spelled[name]} and {module}.")
-    incomplete = [_said(readable[module]) for module, sides in found.items() if not lycoris.is_whole(sides)]
-    if incomplete:
-        raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return LoraFile(shapes, metadata, Names(family, denoiser_config), tensors.__getitem__).load()
 
-    downs = {name: found[module]["down"] for name, module in spelled.items() if "down" in found[module]}
-    plain = [name for name, module in spelled.items() if "magnitude" not in found[module]]
-    said = _said_alphas(metadata, {name: down.shape[0] for name, down in downs.items() if down.ndim}, plain)
-    layers = {}
-    for module, sides in found.items():
-        layers |= _layers(readable[module], sides, said)
-    return Lora(layers, dict(metadata))
+
+class LoraFile:
+    """A LoRA file with its keys understood and its layers made when asked for, in float32: one module of the file is held at a time.
+
+    `shapes` and `get` are of its tensors, by key. Raises LoraError for keys of no module, of two spellings, or without their other half.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], names: Names, get: Callable[[str], Tensor]):
+        identify(shapes)
+        self.metadata, self.shapes, self._get = dict(metadata), shapes, get
+        readable = names.readable()
+        self.sides: dict[str, dict[str, str]] = defaultdict(dict)  # by name in the file: which factor -> its key
+        left_over = []
+        for key in shapes:
+            end = next((end for end in SIDES if key.endswith(end)), None)
+            module = key.removesuffix(end) if end else key
+            if end is None or module not in readable:
+                left_over.append(key)
+            elif SIDES[end] in self.sides[module]:
+                raise LoraError(f"{_said(readable[module])} is there twice under two spellings, one of them {key}.")
+            else:
+                self.sides[module][SIDES[end]] = key
+        left_over = [key for key in left_over if not (key.endswith((".diff", ".diff_b")) and not get(key).any())]  # they change nothing
+        if left_over:
+            raise LoraError(
+                f"{len(left_over)} of {len(shapes)} keys belong to no module of this {names.family} model: {some(left_over)}."
+                f"{_hint(shapes, names.family)}"
+            )
+        self.parts = {module: readable[module] for module in self.sides}
+        self.spelled: dict[str, str] = {}  # our names -> names in the file
+        for module, parts in self.parts.items():
+            for name, _ in parts:
+                if self.spelled.setdefault(name, module) != module:
+                    raise LoraError(f"{name} is there twice under two spellings, {self.spelled[name]} and {module}.")
+        incomplete = [_said(self.parts[module]) for module, sides in self.sides.items() if not lycoris.is_whole(sides)]
+        if incomplete:
+            raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
+        downs = {name: shapes[self.sides[module]["down"]] for name, module in self.spelled.items() if "down" in self.sides[module]}
+        plain = [name for name, module in self.spelled.items() if "magnitude" not in self.sides[module]]
+        self._alphas = _said_alphas(metadata, {name: down[0] for name, down in downs.items() if down}, plain)
+        self._last: tuple[str, dict[str, Layer]] = "", {}
+
+    @property
+    def names(self) -> list[str]:
+        """Our names of the layers. Of a weight that joins several of ours, some may turn out to be unchanged."""
+        return list(self.spelled)
+
+    def layer(self, name: str) -> Layer | None:
+        """None if this module is not adapted. Raises LoraError for factors that do not fit together."""
+        module = self.spelled.get(name)
+        return None if module is None else self._module(module).get(name)
+
+    def _module(self, module: str) -> dict[str, Layer]:
+        if self._last[0] != module:
+            sides = {side: self._get(key) for side, key in self.sides[module].items()}
+            self._last = module, _layers(self.parts[module], sides, self._alphas)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[tuple[str, Layer]]:
+        for module in self.sides:
+            yield from self._module(module).items()
+
+    def load(self) -> Lora:
+        return Lora(dict(self), self.metadata)
 
 
 def _said(parts: Parts) -> str:
     return " + ".join(name for name, _ in parts)
 
 
-def _hint(tensors: Mapping[str, Tensor], left_over: list[str], family: Spelling) -> str:
-    looks = family_of({key: tensor.shape for key, tensor in tensors.items()})
-    if looks not in (None, family.name):
+def _hint(shapes: Mapping[str, Sequence[int]], family: str) -> str:
+    looks = family_of(shapes)
+    if looks not in (None, family):
         return f" It looks like a LoRA of {looks}."
     return ""
 
@@ -206,184 +244,3 @@ def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], plain: S
         if isinstance(error, LoraError):
             raise
         raise LoraError(f"Its header's {ADAPTER_METADATA} cannot be understood: {error}") from error
-
-
-# ---- writing ----
-
-
-def write(
-    lora: Lora, path: str | Path, format: str, family: Spelling, denoiser_config: Mapping[str, Any],
-    dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """Writes `path` atomically; equal arguments give equal bytes. `metadata` None keeps the adapter's own.
-
-    Raises LoraError for an adapter that is not finite or all zero, also if only `dtype` makes it so.
-    """
-    with replace_atomic(path) as temporary:
-        _write(lora, temporary, format, family, denoiser_config, dtype, metadata)
-    return Path(path)
-
-
-def _write(lora, path, format, family, denoiser_config, dtype, metadata) -> Lora:
-    stored, table = _stored(lora, format, family, denoiser_config, dtype)
-    metadata = dict(lora.metadata if metadata is None else metadata)
-    metadata.pop(ADAPTER_METADATA, None)
-    if WRITTEN[format].header:
-        metadata[ADAPTER_METADATA] = json.dumps(_adapter_metadata(stored), sort_keys=True)
-    header, data = _serialised(_tensors(stored, format, table, dtype), metadata)
-    with path.open("wb") as file:
-        file.write(header)
-        file.write(data)
-    return stored
-
-
-def to_tensors(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file by key. Alphas are float32, or float64 where that would round them, so that the strength stays."""
-    stored, table = _stored(lora, format, family, denoiser_config, dtype)
-    return _tensors(stored, format, table, dtype)
-
-
-def _stored(lora: Lora, format: str, family: Spelling, denoiser_config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Lora, Table]:
-    """The adapter as the format holds it, in values that are not rounded yet, and the names of its modules there.
-
-    The change is the same. Where the format has no alpha, it is the rank; layers that are joined have one alpha and rank.
-    """
-    names = Names(family, denoiser_config)
-    if format not in FORMATS and format not in ("ai-toolkit", *names.dialects):
-        raise LoraError(f"{family.name} has no LoRA format {format}; choose {', '.join([*FORMATS, 'ai-toolkit', *names.dialects])}.")
-    lycoris.check_kinds(lora, format)
-    lora.check()
-    table = names.table(format)
-    known = {name for parts in table.values() for name, _ in parts}
-    unknown = [name for name in lora.layers if name not in known]
-    if unknown:
-        where = f"have no place in the format {format}" if format in names.dialects else f"are on no module of this {family.name} model"
-        raise LoraError(f"{len(unknown)} of {len(lora)} layers {where}: {some(unknown)}.")
-    layers = dict(lora.layers)
-    if WRITTEN[format].alpha is None and not WRITTEN[format].header:
-        layers = {name: replace(layer, up=layer.up * layer.scale, alpha=float(layer.rank)) for name, layer in layers.items()}
-    for parts in table.values():
-        if present := [name for name, _ in parts if name in layers and layers[name].kind == "lora"]:
-            layers |= dict(zip(present, alike([layers[name] for name in present]), strict=True))
-    stored = replace(lora, layers=layers)
-    try:
-        stored.rounded(dtype).check()
-    except LoraError as error:
-        raise LoraError(f"The adapter does not fit into {dtype}; save it in float32 or bfloat16. {error}") from error
-    return stored, table
-
-
-def _tensors(stored: Lora, format: str, table: Table, dtype: torch.dtype) -> dict[str, Tensor]:
-    plain = {name: layer for name, layer in stored.layers.items() if layer.kind == "lora"}
-    ends, tensors = WRITTEN[format], lycoris.tensors_of({k: v for k, v in stored.layers.items() if k not in plain}, format, table, dtype)
-    for module, parts in table.items():
-        layers = [plain.get(name) for name, _ in parts]
-        if not any(layers):
-            continue
-        place = parts[0][1]
-        layer = layers[0] if place.rows is None else join(layers, [place.rows for _, place in parts])
-        layer = swap_halves(layer) if place.swapped else layer
-        tensors[module + ends.down] = layer.down.detach().to("cpu", dtype).contiguous()
-        tensors[module + ends.up] = layer.up.detach().to("cpu", dtype).contiguous()
-        if ends.alpha:
-            alpha = torch.tensor(layer.alpha, dtype=torch.float32)
-            tensors[module + ends.alpha] = alpha if alpha.item() == layer.alpha else torch.tensor(layer.alpha, dtype=torch.float64)
-    return tensors
-
-
-def _adapter_metadata(lora: Lora) -> dict[str, Any]:
-    """peft's settings by component, from which diffusers' `load_lora_weights` makes its layers."""
-    settings = {}
-    for component in lora.components():
-        # without text_model. a target fits CLIPTextModel in transformers 4 and in 5
-        layers = {path.removeprefix(TEXT_PREFIX): layer for path, layer in lora.of(component).items()}
-        ranks, alphas = {path: layer.rank for path, layer in layers.items()}, {path: _tidy(layer.alpha) for path, layer in layers.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-        config = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {_whole(path): value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {_whole(path): value for path, value in alphas.items() if value != alpha},
-            "target_modules": sorted(layers),
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": any(layer.kind == "dora" for layer in layers.values()),
-        }
-        settings |= {f"{component}.{key}": value for key, value in config.items()}
-    return settings
-
-
-def _whole(path: str) -> str:
-    """A pattern of peft's for this module alone: it matches ends of paths, and Flux has a proj_out inside its blocks and outside."""
-    return path if "." in path else f"^{path}"
-
-
-def _tidy(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, memoryview]:
-    """Header and data of a safetensors file. The library writes metadata in a random order; this header is sorted.
-
-    Hashes of the data alone are added: modelspec's, and the one by which A1111 and Civitai know a LoRA.
-    """
-    from safetensors.torch import save
-
-    whole = save(tensors)
-    size = int.from_bytes(whole[:8], "little")
-    data = memoryview(whole)[8 + size :]
-    digest = hashlib.sha256(data).hexdigest()
-    metadata = {**metadata, "format": "pt", "sshs_model_hash": digest}
-    if "modelspec.sai_model_spec" in metadata:
-        metadata["modelspec.hash_sha256"] = f"0x{digest}"
-    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
-    assert not wrong, f"safetensors metadata must be strings: {wrong}"
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(whole[8 : 8 + size])}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text, data
-
-
-# ---- saving ----
-
-
-def save_verified(
-    lora: Lora, path: str | Path, format: str, family: Spelling, denoiser: nn.Module,
-    dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None, encoders: Mapping[str, nn.Module] | None = None,
-) -> Path:  # fmt: skip
-    """Saves a trained adapter, or raises LoraError and leaves `path` as it was.
-
-    `denoiser`, and text `encoders` by component, hold the adapter that was trained; `lora` is a copy of it, or its moving
-    average. Before the file gets its name it is read back: every layer must be there with the values that `dtype` can hold, and,
-    put into peft layers by the code that generation uses, must give the very outputs of the trained layers. Layers that the
-    format holds in other factors, because it has no alpha for them, must make the same change but for the rounding. The
-    networks are left as they were.
-    """
-    with replace_atomic(path) as temporary:
-        stored = _write(lora, temporary, format, family, denoiser.config, dtype, metadata)
-        expected, reloaded = stored.rounded(dtype), read(temporary, family, denoiser.config)
-        if missing := set(expected.layers) ^ set(reloaded.layers):
-            raise LoraError(f"{path} was not saved: {len(missing)} of {len(lora)} layers do not come back: {some(sorted(missing))}.")
-        if changed := [name for name, layer in expected.layers.items() if not layer.equals(reloaded.layers[name])]:
-            raise LoraError(f"{path} was not saved: {len(changed)} of {len(lora)} layers come back changed: {some(changed)}.")
-        restated = [name for name, layer in lora.layers.items() if not layer.equals(stored.layers[name])]
-        trained = {family.denoiser_name: denoiser, **(encoders or {})}
-        if strangers := set(lora.components()) ^ set(trained):
-            raise LoraError(f"{path} was not saved: only one of the adapter and what was trained has {some(sorted(strangers))}.")
-        differing = [
-            f"{component}.{name}"
-            for component, network in trained.items()
-            for name in same_output(network, component, lora.rounded(dtype), reloaded)
-        ]
-        differing = [name for name in differing if name not in restated or not _near(lora.layers[name], reloaded.layers[name], dtype)]
-        if differing:
-            raise LoraError(f"{path} was not saved: {len(differing)} layers give other outputs when loaded: {some(differing)}.")
-    return Path(path)
-
-
-def _near(one: LoraLayer, other: LoraLayer, dtype: torch.dtype) -> bool:
-    """Whether two layers of other factors make the same change, up to a rounding of the factors to `dtype`."""
-    expected = one.delta()
-    return bool((other.delta() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm())

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import LoraError
-from charforgex.lora.names import Parts, Table
-from charforgex.lora.state import Layer, LohaLayer, LokrLayer, Lora, LoraLayer
+from charforgex.lora.names import Parts
+from charforgex.lora.state import Layer, LohaLayer, LokrLayer, LoraLayer
 
 KINDS = {"hada_": LohaLayer, "lokr_": LokrLayer}
 PARTS = {"hada_": ("w1_a", "w1_b", "w2_a", "w2_b"), "lokr_": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
@@ -25,15 +25,21 @@ SIDES |= {f".{prefix}{part}": prefix + part for prefix, parts in PARTS.items() f
 WRITABLE = {"kohya": {"dora", "loha", "lokr"}, "diffusers": {"dora"}}  # besides lora
 
 
-def check_kinds(lora: Lora, format: str) -> None:
-    """Raises LoraError if the format cannot hold a layer of the adapter."""
-    lost = set(lora.kinds()) - {"lora"} - WRITABLE.get(format, set())
+def check_kinds(kinds: Collection[str], format: str) -> None:
+    """Raises LoraError if the format cannot hold layers of these kinds."""
+    lost = set(kinds) - {"lora"} - WRITABLE.get(format, set())
     if lost:
         able = [name for name, kinds in WRITABLE.items() if lost <= kinds]
         raise LoraError(f"The format {format} cannot hold {' and '.join(sorted(lost))}; write {' or '.join(able)}.")
-    for component in lora.components() if format == "diffusers" else []:
-        if len({layer.kind for layer in lora.of(component).values()}) > 1:
-            raise LoraError(f"{component} is partly DoRA, which the format diffusers cannot say; write kohya.")
+
+
+def check_mixed(kinds: Mapping[str, str], format: str) -> None:
+    """Raises LoraError if the format cannot say which layers are of which kind; `kinds` are by layer."""
+    found: dict[str, set[str]] = {}
+    for name, kind in kinds.items() if format == "diffusers" else ():
+        found.setdefault(name.partition(".")[0], set()).add(kind)
+    if mixed := [component for component, some in found.items() if len(some) > 1]:
+        raise LoraError(f"{mixed[0]} is partly DoRA, which the format diffusers cannot say; write kohya.")
 
 
 def is_whole(sides: Collection[str]) -> bool:
@@ -69,9 +75,8 @@ def _magnitude(sides: Mapping[str, Tensor], out: int) -> Tensor:
     return scale.flatten()
 
 
-def tensors_of(layers: Mapping[str, Layer], format: str, table: Table, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file for layers that are no plain LoRA, by key."""
-    alone = {parts[0][0]: name for name, parts in table.items() if parts[0][1].rows is None and not parts[0][1].swapped}
+def tensors_of(layers: Mapping[str, Layer], format: str, alone: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file for layers that are no plain LoRA, by key. `alone`: our name -> the file's, of modules that are one in both."""
     tensors = {}
     for name, layer in layers.items():
         module = alone.get(name) or f"lycoris_{name.partition('.')[2].replace('.', '_')}"

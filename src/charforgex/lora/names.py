@@ -53,6 +53,7 @@ class Names:
     """Every module that can be adapted, of one family at one size, and the tables of its spellings."""
 
     def __init__(self, family: Spelling, denoiser_config: Mapping[str, Any]):
+        self.family = family.name
         self.kinds = {family.denoiser_name: "denoiser", **_text_encoders(family)}
         self.modules = {family.denoiser_name: dict(family.lora_names(denoiser_config))}
         self.modules |= {component: _text_modules(kind) for component, kind in self.kinds.items() if kind != "denoiser"}

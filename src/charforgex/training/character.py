@@ -31,10 +31,10 @@ from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, weights_hash
 from charforgex.families.tokens import save_tokens
 from charforgex.generation.sampling import check_sampling
-from charforgex.lora.formats import save_verified
 from charforgex.lora.inject import adapter_parameters, inject, read_adapters
 from charforgex.lora.lycoris import WRITABLE
 from charforgex.lora.metadata import build
+from charforgex.lora.writing import save_verified
 from charforgex.quiet import quiet
 from charforgex.training import report
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
