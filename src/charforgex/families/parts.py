@@ -38,19 +38,31 @@ def build(family: Family, name: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def adaptable(family: Family, denoiser_config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """The weight's shape of each of the denoiser's modules that a LoRA can adapt, by path: the linear and convolutional ones."""
-    config = json.dumps(dict(denoiser_config), sort_keys=True, default=str)
-    return _adaptable(component_class(family, family.denoiser_name), config)
+    """The weight's shape of each of the denoiser's modules that a LoRA can adapt, by path: the linear and convolutional ones.
+
+    Known without diffusers for the bases that are listed.
+    """
+    from charforgex.families.bases import listed
+
+    found = listed(denoiser_config)
+    return measure_adaptable(family, family.denoiser_name, denoiser_config) if found is None else found
 
 
-@lru_cache(maxsize=8)
-def _adaptable(cls: type, config: str) -> Mapping[str, tuple[int, ...]]:
+def measure_adaptable(family: Family, name: str, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """`adaptable` of any of the family's networks, from the network itself on the meta device."""
+    return _measured(family.name, name, json.dumps(dict(config), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=16)
+def _measured(family_name: str, name: str, config: str) -> Mapping[str, tuple[int, ...]]:
     import torch
 
+    from charforgex.families.registry import get
+
     with torch.device("meta"):
-        denoiser = cls.from_config(json.loads(config))
+        network = build(get(family_name), name, json.loads(config))
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return {path: tuple(module.weight.shape) for path, module in denoiser.named_modules() if isinstance(module, kinds)}
+    return {path: tuple(module.weight.shape) for path, module in network.named_modules() if isinstance(module, kinds)}
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def read_adapter(denoiser: nn.Module, component: str, name: str = TRAINED) -> Lo
         layer = tuners.read(tuner, _key(name))
         if path in starts:
             layer = together(layer, tuners.read(starts[path], _key(START)))
-        layers[f"{component}.{_spelled(component, path)}"] = layer
+        layers[f"{component}.{canonical(component, path)}"] = layer
     return Lora(layers)
 
 
@@ -91,7 +91,7 @@ def read_adapters(networks: Mapping[str, nn.Module], name: str = TRAINED) -> Lor
     )
 
 
-def _spelled(component: str, path: str) -> str:
+def canonical(component: str, path: str) -> str:
     """A module's path as `Lora` has it: CLIP's always with the prefix that transformers 5 has dropped from one of its classes."""
     is_clip = component.startswith("text_encoder") and path.startswith(("encoder.layers.", TEXT_PREFIX))
     return TEXT_PREFIX + path.removeprefix(TEXT_PREFIX) if is_clip else path
@@ -196,7 +196,7 @@ def same_output(network: nn.Module, component: str, expected: Lora, reloaded: Lo
     `load_adapter` into a second tree of peft layers around the same base modules. The network is not touched.
     """
     live = _adapted(network, TRAINED)
-    wanted, named = expected.of(component), {_spelled(component, path): path for path in live}
+    wanted, named = expected.of(component), {canonical(component, path): path for path in live}
     if set(named) != set(wanted):
         different = some(sorted(set(named) ^ set(wanted)))
         raise LoraError(f"The adapter to save and the one in {component} differ in their layers: {different}.")

@@ -1,0 +1,161 @@
+"""Linear algebra of products up @ down that never forms them: sums, inner products, singular values, the best approximation of lower rank.
+
+A change of a weight is a `Product`: U (out, r) and V (r, k), k = in * kh * kw, standing for U V. All is exact in the space of the products:
+sums are stacked factors, inner products need r x r matrices only, and the singular value decomposition of U V follows from QR of both
+factors and an SVD of the core R_u R_v^T (r x r). Costs grow with (out + k) r^2; a dense product would need out * k * min(out, k).
+
+Numbers are float32 or float64 as they come; results agree with dense float64 to about 1e-6, relative to the largest singular value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from charforgex.errors import LoraError
+from charforgex.lora.state import Layer, LoraLayer
+
+EXACT = 1e-6  # singular values below this share of the largest are rounding
+
+
+class Product(NamedTuple):
+    """U (out, r) @ V (r, k), the strength included. `shape` is the weight's."""
+
+    up: Tensor
+    down: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def scaled(self, factor: float) -> Product:
+        return self._replace(up=self.up * factor)
+
+    def dense(self) -> Tensor:
+        return (self.up @ self.down).view(self.shape)
+
+    def norm(self) -> float:
+        """Frobenius."""
+        return math.sqrt(max(0.0, inner(self, self)))
+
+
+class Spectrum(NamedTuple):
+    """U diag(S) V of a product: orthonormal columns (out, r), values (r,) descending, orthonormal rows (r, k)."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
+
+    def truncated(self, rank: int) -> Product:
+        """The best product of that rank (Eckart & Young 1936), its strength shared evenly by both factors. `rank` 0 is one of zeros."""
+        rank = min(rank, len(self.values))
+        if rank == 0:
+            return Product(self.left.new_zeros(self.shape[0], 1), self.right.new_zeros(1, self.right.shape[1]), self.shape)
+        root = self.values[:rank].clamp(min=0).sqrt()
+        return Product(self.left[:, :rank] * root, root[:, None] * self.right[:rank], self.shape)
+
+    def error(self, rank: int) -> float:
+        """What `truncated(rank)` lacks, as a share of the whole in the Frobenius norm, 0 to 1."""
+        energy = self.values.double().square()
+        total = float(energy.sum())
+        return math.sqrt(float(energy[rank:].sum()) / total) if total else 0.0
+
+    def numerical_rank(self) -> int:
+        return int((self.values > EXACT * self.values[0]).sum()) if len(self.values) else 0
+
+
+def product(layer: Layer, dtype: torch.dtype = torch.float32) -> Product:
+    """A layer of LoRA as its product. Raises LoraError for DoRA, whose change depends on the base's weight, and for LoHa and LoKr."""
+    if layer.kind != "lora":
+        raise LoraError(f"A layer of {layer.kind} is no product of two factors; convert the file to LoRA first.")
+    up, down = layer.up.to(dtype).flatten(1), layer.down.to(dtype).flatten(1)
+    return Product(up * layer.scale, down, layer.weight_shape)
+
+
+def layer_of(found: Product, alpha: float | None = None) -> LoraLayer:
+    """The product as a layer whose alpha is its rank, or another, in float32. The change is the same."""
+    alpha = float(found.rank if alpha is None else alpha)
+    up, down = (found.up * (found.rank / alpha)).float().contiguous(), found.down.float().contiguous()
+    if len(found.shape) == 4:
+        return LoraLayer(down.view(-1, *found.shape[1:]), up[:, :, None, None], alpha)
+    return LoraLayer(down, up, alpha)
+
+
+def stacked(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
+    """The weighted sum, exactly: ranks add up. Raises LoraError if they are not of one weight."""
+    if len({found.shape for found in products}) != 1:
+        raise LoraError(f"Changes of weights of different shapes, {' and '.join(sorted({str(p.shape) for p in products}))}, have no sum.")
+    weights = [1.0] * len(products) if weights is None else weights
+    up = torch.cat([found.up * weight for found, weight in zip(products, weights, strict=True)], dim=1)
+    return Product(up, torch.cat([found.down for found in products]), products[0].shape)
+
+
+def inner(one: Product, other: Product) -> float:
+    """<U1 V1, U2 V2> = sum of (U1^T U2) * (V1 V2^T), in float64: the products' inner product as long vectors."""
+    left = one.up.double().T @ other.up.double()
+    return float((left * (one.down.double() @ other.down.double().T)).sum())
+
+
+def cosine(one: Product, other: Product) -> float:
+    """0 where one of them is zero."""
+    norms = one.norm() * other.norm()
+    return max(-1.0, min(1.0, inner(one, other) / norms)) if norms else 0.0
+
+
+def spectrum(found: Product) -> Spectrum:
+    """The singular value decomposition of the product. At most min(out, k, r) values."""
+    left, core_left = torch.linalg.qr(found.up)
+    right, core_right = torch.linalg.qr(found.down.T)
+    u, values, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    return Spectrum(left @ u, values, v @ right.T, found.shape)
+
+
+def dense_spectrum(change: Tensor) -> Spectrum:
+    """The same of a dense change (out, in[, kh, kw]), by the eigenvectors of the smaller Gram matrix in float64: exact, and several times
+    as fast as a full decomposition where the sides differ."""
+    shape, matrix = tuple(change.shape), change.flatten(1).double()
+    tall = matrix.shape[0] >= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
+    values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    kept = values > EXACT * values[0] if len(values) else values > 0
+    values, vectors = values[kept], vectors[:, kept]
+    other = (matrix @ vectors if tall else matrix.T @ vectors) / values
+    left, right = (other, vectors) if tall else (vectors, other)
+    return Spectrum(left.to(change.dtype), values.to(change.dtype), right.T.to(change.dtype), shape)
+
+
+# ---- how much to keep: each says a rank for a spectrum ----
+
+Keep = Callable[[Spectrum], int]
+
+
+def keep_rank(rank: int) -> Keep:
+    """That many directions, or as many as there are."""
+    return lambda found: max(1, min(rank, found.numerical_rank()))
+
+
+def keep_error(most: float) -> Keep:
+    """As few directions as leave at most this relative error in the Frobenius norm; 0.1 keeps 99 % of the energy."""
+
+    def choose(found: Spectrum) -> int:
+        energy = found.values.double().square()
+        left = energy.flip(0).cumsum(0).flip(0)  # what directions from i on hold
+        return max(1, int((left > most**2 * energy.sum()).sum()))
+
+    return choose
+
+
+def keep_energy(share: float) -> Keep:
+    """As few directions as hold this share of the energy, the sum of the squared singular values."""
+    return keep_error(math.sqrt(max(0.0, 1 - share)))
+
+
+def keep_ratio(ratio: float) -> Keep:
+    """Directions whose singular value is at least the largest divided by `ratio`."""
+    return lambda found: max(1, int((found.values >= found.values[0] / ratio).sum())) if len(found.values) else 1

@@ -1,0 +1,65 @@
+"""The listing is what the networks themselves say, and it finds the base of a LoRA file by keys and shapes alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from charforgex.errors import LoraError
+from charforgex.families import bases
+from charforgex.families.parts import adaptable, measure_adaptable
+
+
+@pytest.mark.parametrize("name", bases.WRITTEN)
+def test_the_listing_is_what_the_networks_say(name):
+    assert bases._listing()[name] == bases.measured(name)
+    base = bases.get(name)
+    known = {f"{component}.{path}" for component, modules in base.names.modules.items() for path in modules}
+    assert {path for path in base.shapes if path.startswith(base.spelling.denoiser_name)} <= known
+    assert adaptable(base.spelling, base.config) == measure_adaptable(base.spelling, base.spelling.denoiser_name, base.config)
+
+
+def file_of(base, format, pick, rank=2):
+    """Key -> shape of a file in `format` with the modules of the base that `pick` chooses."""
+    ends = {"kohya": ("lora_down", "lora_up"), "comfyui": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B")}[format]
+    shapes = {}
+    for module, parts in base.names.table(format).items():
+        found = [base.shapes.get(name) for name, _ in parts]
+        if None not in found and pick(parts[0][0]):
+            shape, many = found[0], len(found[0]) == 4
+            shapes[f"{module}.{ends[0]}.weight"] = (rank, *shape[1:])
+            shapes[f"{module}.{ends[1]}.weight"] = (sum(s[0] for s in found), rank, *([1, 1] if many else []))
+    return shapes
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize(
+    "name", ["sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "charworld_sdxl", "charworld_flux", "charworld_sd3"]
+)
+def test_a_base_is_found_by_its_files(name, format):
+    base = bases.get(name)
+    attention = file_of(base, format, lambda path: ".attn" in path)
+    header = {"charforgex.family": base.family} if name.startswith("charworld") else {}
+    assert bases.base_of(attention, header).name == name
+    whole = file_of(base, format, lambda path: True)
+    assert bases.base_of(whole, header).name == name
+
+
+def test_what_fits_no_base_is_told():
+    base = bases.get("sdxl_base")
+    shapes = file_of(base, "kohya", lambda path: ".attn1" in path)
+    key = next(key for key in shapes if key.endswith("lora_down.weight"))
+    with pytest.raises(LoraError, match=r"looks like a LoRA of sdxl\. 1 layers do not fit sdxl_base, such as lora_unet"):
+        bases.base_of(shapes | {key: (2, 77)}, {})
+    with pytest.raises(LoraError, match=r"1 of .* keys belong to no module of this sdxl model: lora_unet_stray"):
+        bases.base_of(shapes | {"lora_unet_stray.lora_down.weight": (2, 77)}, {})
+    with pytest.raises(LoraError, match="nowhere is no base that is listed; there are sdxl_base"):
+        bases.get("nowhere")
+
+
+def test_no_library_is_needed():
+    code = (
+        "import sys; from charforgex.families import bases; bases.get('sdxl_base').names.readable();"
+        "assert not {'diffusers', 'transformers', 'peft', 'lightning'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,88 @@
+"""Everything against dense matrices in float64."""
+
+import math
+
+import pytest
+import torch
+
+from charforgex.errors import LoraError
+from charforgex.lora import lowrank
+from charforgex.lora.lowrank import Product
+from charforgex.lora.state import LohaLayer, LoraLayer
+
+DRAW = torch.Generator().manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=DRAW)
+
+
+def drawn(rank, out=40, inner=(24,)):
+    return Product(randn(out, rank), randn(rank, math.prod(inner)), (out, *inner))
+
+
+def whole(found):
+    return found.up.double() @ found.down.double()
+
+
+@pytest.mark.parametrize("inner", [(24,), (5, 3, 3), (200,)])
+def test_a_layer_is_its_product_and_back(inner):
+    down, up = randn(4, *inner), randn(40, 4)[(..., *[None] * (len(inner) - 1))]
+    layer = LoraLayer(down, up, 6.0)
+    found = lowrank.product(layer)
+    torch.testing.assert_close(found.dense(), layer.delta())
+    for alpha in (None, 1.0, 8.0):
+        again = lowrank.layer_of(found, alpha)
+        assert again.weight_shape == layer.weight_shape and again.alpha == (alpha or 4.0)
+        torch.testing.assert_close(again.delta(), layer.delta())
+    with pytest.raises(LoraError, match="loha is no product"):
+        lowrank.product(LohaLayer(randn(4, 2), randn(2, 4), randn(4, 2), randn(2, 4), 1.0))
+
+
+def test_sums_and_inner_products_are_those_of_the_dense_matrices():
+    some = [drawn(rank) for rank in (1, 4, 9)]
+    total = lowrank.stacked(some, [0.5, -1, 2])
+    dense = 0.5 * whole(some[0]) - whole(some[1]) + 2 * whole(some[2])
+    torch.testing.assert_close(whole(total), dense, rtol=1e-5, atol=1e-5)
+    for one in some:
+        assert one.norm() == pytest.approx(float(whole(one).norm()), rel=1e-6)
+        for other in some:
+            assert lowrank.inner(one, other) == pytest.approx(float((whole(one) * whole(other)).sum()), rel=1e-5, abs=1e-3)
+    assert lowrank.cosine(some[0], some[0].scaled(-3)) == pytest.approx(-1) and lowrank.cosine(some[0], some[1].scaled(0)) == 0
+    with pytest.raises(LoraError, match="different shapes"):
+        lowrank.stacked([some[0], drawn(2, out=41)])
+
+
+@pytest.mark.parametrize("rank, out, inner", [(1, 40, 24), (7, 40, 24), (24, 40, 24), (60, 40, 24), (8, 24, 100)])
+def test_the_spectrum_is_that_of_the_dense_matrix(rank, out, inner):
+    found = drawn(rank, out, (inner,))
+    mine, dense = lowrank.spectrum(found), torch.linalg.svdvals(whole(found))
+    torch.testing.assert_close(mine.values.double(), dense[: len(mine.values)], rtol=1e-5, atol=1e-5 * float(dense[0]))
+    torch.testing.assert_close(whole(mine.truncated(99)), whole(found), rtol=1e-4, atol=1e-5 * float(dense[0]))
+    assert mine.numerical_rank() == min(rank, out, inner)
+    for kept in (1, 3, 7):
+        error = float((whole(mine.truncated(kept)) - whole(found)).norm() / whole(found).norm())
+        best = float(dense[kept:].norm() / dense.norm())
+        assert error == pytest.approx(best, abs=1e-5) and mine.error(kept) == pytest.approx(best, abs=1e-5)
+    other = lowrank.dense_spectrum(found.dense())
+    torch.testing.assert_close(other.values, mine.values[: len(other.values)], rtol=1e-4, atol=1e-4 * float(dense[0]))
+    torch.testing.assert_close(whole(other.truncated(99)), whole(found), rtol=1e-4, atol=1e-4 * float(dense[0]))
+
+
+def test_equal_and_zero_factors():
+    one = drawn(4)
+    doubled = lowrank.spectrum(lowrank.stacked([one, one]))
+    assert doubled.numerical_rank() == 4
+    torch.testing.assert_close(whole(doubled.truncated(4)), 2 * whole(one), rtol=1e-4, atol=1e-4)
+    nothing = lowrank.spectrum(one.scaled(0))
+    assert nothing.numerical_rank() == 0 and nothing.error(1) == 0 and not nothing.truncated(2).dense().any()
+
+
+def test_how_much_to_keep():
+    values = torch.tensor([4.0, 2.0, 1.0, 1e-9])
+    found = lowrank.Spectrum(torch.eye(6)[:, :4], values, torch.eye(5)[:4], (6, 5))
+    assert [lowrank.keep_rank(rank)(found) for rank in (1, 2, 9)] == [1, 2, 3], "never more than there are"
+    assert [lowrank.keep_energy(share)(found) for share in (0.5, 0.77, 20.5 / 21, 1)] == [1, 2, 3, 4]
+    assert [lowrank.keep_error(most)(found) for most in (0.9, 0.4, 0.2, 0)] == [1, 2, 3, 4]
+    assert [lowrank.keep_ratio(ratio)(found) for ratio in (1, 2, 4, 1e20)] == [1, 2, 3, 4]
+    assert found.truncated(0).rank == 1 and not found.truncated(0).dense().any()
