@@ -21,6 +21,7 @@ ALLOWED = {
     "data": {"curation.manifest", "families.base", "charworld"},
     "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation", "charworld"},
     "generation": {"families", "lora"},
+    "toolbox": {"families", "lora"},
     "evaluation": {"generation", "curation.manifest", "families.base", "charworld", "embedders"},
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
 }
+TOOLS = {}  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print("usage: charforgex <command> [name=value ...] [--multirun] [--cfg job] [--help]\n")
-        print("\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items()))
+        print(_listed(COMMANDS | {"lora": ("", f"LoRA files: {', '.join(TOOLS)}")}))
         raise SystemExit(EXIT_OK)
+    if command == "lora":
+        _tool(arguments[1:])
     if command == "--version":
         from importlib.metadata import version
 
@@ -49,10 +52,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(command, arguments[1:])
 
 
+def _listed(commands: Mapping[str, tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in commands.items())
+
+
+def _tool(arguments: Sequence[str]) -> None:
+    """`charforgex lora <tool> a.safetensors [b.safetensors ...] [name=value ...]`."""
+    tool = arguments[0] if arguments else "--help"
+    if tool in ("-h", "--help"):
+        print(f"usage: charforgex lora <tool> a.safetensors [name=value ...] [--help]\n\n{_listed(TOOLS)}")
+        raise SystemExit(EXIT_OK)
+    if tool not in TOOLS:
+        from charforgex.binding import not_among
+
+        complain(ConfigError(not_among(f"the tool {tool}", tool, list(TOOLS))))
+        raise SystemExit(EXIT_ERROR)
+    run(f"lora_{tool}", with_files(arguments[1:]))
+
+
+def with_files(arguments: Sequence[str]) -> list[str]:
+    """Files that stand alone on the command line as the setting `lora`."""
+    from charforgex.overrides import written
+
+    files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
+    rest = [argument for argument in arguments if argument not in files]
+    return ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
+
+
 def run(command: str, arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
     """Runs one command with Hydra's command line and exits. `root` is a checkout whose conf/ comes before the packaged one."""
-    entry, _ = COMMANDS[command]
-    name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command}"
+    entry, _ = COMMANDS[command] if command in COMMANDS else TOOLS[command.removeprefix("lora_")]
+    name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command.replace('lora_', 'lora ')}"
     arguments = quote_texts(sys.argv[1:] if arguments is None else arguments)
     folder = root / "conf" if root and (root / "conf").is_dir() else None
     raise SystemExit(guarded(entry, command, arguments, name, folder))

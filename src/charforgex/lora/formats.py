@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from charforgex.errors import LoraError
@@ -160,6 +161,10 @@ class LoraFile:
     def names(self) -> list[str]:
         """Our names of the layers. Of a weight that joins several of ours, some may turn out to be unchanged."""
         return list(self.spelled)
+
+    def dtype(self, sides: Mapping[str, str]) -> torch.dtype:
+        """In which the factors of one of `sides` are stored. Reads one of them."""
+        return self._get(min(key for side, key in sides.items() if side != "alpha")).dtype
 
     def layer(self, name: str) -> Layer | None:
         """None if this module is not adapted. Raises LoraError for factors that do not fit together."""

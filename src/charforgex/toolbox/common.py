@@ -1,0 +1,160 @@
+"""What all tools on LoRA files share: their settings, opening any file, where the result goes, and what it says of its parents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from charforgex.errors import ConfigError, LoraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from charforgex.families.bases import Base
+    from charforgex.lora.formats import LoraFile
+    from charforgex.lora.state import Layer
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """`lora`: one file or several. `base`: which listed base they are for, where their keys do not tell."""
+
+    lora: str | list[str]
+    base: str | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        paths = [self.lora] if isinstance(self.lora, str) else self.lora
+        if not paths:
+            raise ConfigError("lora=[] names no file; say lora=<file.safetensors>.")
+        return [Path(path).expanduser() for path in paths]
+
+    def the_path(self) -> Path:
+        """Of a tool that takes one file. Raises ConfigError for several."""
+        if len(self.paths) != 1:
+            raise ConfigError(f"lora={[str(path) for path in self.paths]} are {len(self.paths)} files, and this tool takes one.")
+        return self.paths[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """`out`: the file to be written. `format`, `dtype`: as the first input's where they are None. `dry_run`: tell, and write nothing."""
+
+    out: Path | None = None
+    format: str | None = None
+    dtype: Dtype | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+    def check_out(self, inputs: Collection[Path]) -> Path:
+        """The file to be written, before anything is computed. Raises ConfigError."""
+        if self.out is None:
+            raise ConfigError("out is not set; say out=<file.safetensors>.")
+        if self.out.suffix != ".safetensors":
+            raise ConfigError(f"out={self.out} must end in .safetensors.")
+        if self.out.resolve() in {path.resolve() for path in inputs}:
+            raise ConfigError(f"out={self.out} is one of the inputs, which stay as they are; name another file.")
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"out={self.out} exists; say overwrite=true to replace it, or name another file.")
+        return self.out
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Files of one base, with what is known of each: `files[i]` lies at `paths[i]`. Layers are read when asked for."""
+
+    base: Base
+    paths: list[Path]
+    files: list[LoraFile]
+
+    @property
+    def names(self) -> list[str]:
+        """Our names of all layers that any file has, in the base's order."""
+        have = set().union(*(file.names for file in self.files))
+        return [name for component, paths in self.base.names.modules.items() for path in paths if (name := f"{component}.{path}") in have]
+
+    @property
+    def format(self) -> str:
+        """The first file's, as `identify` says."""
+        from charforgex.lora.identify import identify
+
+        return identify(self.files[0].shapes)
+
+
+@contextmanager
+def opened_loras(inputs: Inputs) -> Iterator[Opened]:
+    """The files, open. Raises LoraError if one cannot be understood, or if they are for different bases."""
+    from charforgex.families import bases
+    from charforgex.lora.formats import open_lora
+
+    paths = inputs.paths
+    found = [bases.get(inputs.base) if inputs.base else bases.base_of_file(path) for path in paths]
+    families = {base.family for base in found}
+    if len(families) > 1:
+        said = ", ".join(f"{path.name} for {base.family}" for path, base in zip(paths, found, strict=True))
+        raise LoraError(f"The LoRAs are for different families: {said}.")
+    with ExitStack() as stack:
+        base = max(found, key=lambda one: len(one.shapes))  # sizes of one family that share names: the one with all the layers
+        files = [stack.enter_context(open_lora(path, base.names)) for path in paths]
+        for path, one in zip(paths, found, strict=True):
+            if one is not base and any(base.shapes.get(name) != shape for name, shape in one.shapes.items() if name in base.shapes):
+                raise LoraError(f"{path} is for {one.name}, and the others for {base.name}, whose layers have other sizes.")
+        yield Opened(base, paths, files)
+
+
+def dtype_of(opened: Opened, wanted: Dtype | None) -> torch.dtype:
+    """The wanted one, or that of the first file's first factor; float16 where that is one in which nothing is written, such as float8."""
+    import torch
+
+    if wanted is not None:
+        return getattr(torch, wanted)
+    file = opened.files[0]
+    dtype = file.dtype(next(iter(file.sides.values())))
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float16
+
+
+def save(
+    opened: Opened, outputs: Outputs, get: Callable[[str], Layer | None], names: Sequence[str], metadata: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the layers that `get` makes, one at a time, and returns what result.json and the tables say of the file."""
+    from charforgex.lora.metadata import hashes
+    from charforgex.lora.writing import write_layers
+
+    out, format = outputs.check_out(opened.paths), outputs.format or opened.format
+    written = write_layers(get, names, out, format, opened.base.names, dtype_of(opened, outputs.dtype), metadata)
+    ranks = sorted({layer.rank for layer in written.values()})
+    return {
+        "out": str(out), "format": format, "base": opened.base.name, "layers": len(written), "ranks": ranks,
+        "bytes": out.stat().st_size, "bytes_before": sum(path.stat().st_size for path in opened.paths), **hashes(out),
+    }  # fmt: skip
+
+
+def lineage(opened: Opened, method: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The first file's metadata, without what is no longer true, and where the result comes from: `charforgex.lineage`, as JSON."""
+    from charforgex.lora.metadata import hashes
+
+    stale = ("sshs_", "modelspec.hash", "modelspec.merged_from", "charforgex.adapter_sha256", "ss_network_dim", "ss_network_alpha")
+    kept = {key: value for key, value in opened.files[0].metadata.items() if not key.startswith(stale) and key != "lora_adapter_metadata"}
+    parents = [
+        {"name": path.name, "sha256": hashes(path)["sha256"], **_ancestors(file.metadata)}
+        for path, file in zip(opened.paths, opened.files, strict=True)
+    ]
+    told = {"method": method, "settings": dict(settings), "parents": parents, "version": version("charforgex")}
+    merged = {"modelspec.merged_from": ", ".join(path.stem for path in opened.paths)} if len(opened.paths) > 1 else {}
+    return kept | merged | {"charforgex.lineage": json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)}
+
+
+def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a parent says of its own parents; nothing if that is no JSON of ours."""
+    try:
+        told = json.loads(metadata.get("charforgex.lineage", "null"))
+    except ValueError:
+        return {}
+    return {"lineage": told} if isinstance(told, dict) else {}
