@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import charforgex
@@ -199,6 +200,17 @@ def test_what_a_person_should_know_of_captions_is_told(tmp_path):
     assert all(0 <= facts["caption"]["quality"] <= 1 for name, facts in records.items() if name != named)
     assert any("Of 1 caption the rules have a remark" in note for note in read(tmp_path / "out")["notes"])
     assert "CLIP reads 77" in (tmp_path / "out/report.html").read_text()
+
+
+def test_of_a_turned_copy_and_its_picture_the_one_with_the_character_stays(tmp_path):
+    write_mess(tmp_path / "raw", 0, {"kept": 8}, 192, captions=False)
+    for number, turn in ((2, Image.Transpose.ROTATE_180), (5, Image.Transpose.ROTATE_90)):
+        Image.open(tmp_path / f"raw/{number:04d}.png").transpose(turn).save(tmp_path / f"raw/000{number}_0.png")  # met after the picture
+        (tmp_path / f"raw/{number:04d}.png").rename(tmp_path / f"raw/{number:04d}_1.png")
+    curate(tmp_path, only_report=True)
+    found = {row["name"]: row["kind"] for row in read(tmp_path / "out")["pictures"]}
+    assert {name for name, kind in found.items() if kind == "duplicate"} == {"0002_0.png", "0005_0.png"}
+    assert read(tmp_path / "out")["classes"] == {"kept": 8, "duplicate": 2}
 
 
 def test_without_a_face_there_is_no_portrait(tmp_path):

@@ -535,8 +535,9 @@ def clusters(
 
 
 def best(group: Sequence[int], findings: Sequence[Finding]) -> int:
-    """Which of a group to keep: the most detail, then one with a caption, then the sharpest and cleanest, the least compressed, the one
-    that has lost least in black and white, has most contrast, the largest, the first."""
+    """Which of a group to keep: one with a face, which a copy that was turned may lack, then the most detail, then one with a caption,
+    then the sharpest and cleanest, the least compressed, the one that has lost least in black and white, has most contrast, the largest,
+    the first."""
     return min(group, key=lambda i: (_worth(findings[i]), i))
 
 
@@ -549,7 +550,17 @@ def _worth(finding: Finding) -> tuple[float, ...]:
     lost = round(scores.get("bright", 0.0) + scores.get("dark", 0.0), 2)  # what was brightened has less left in white
     contrast = round(scores.get("contrast", 0.0) / 8)
     coded = round(scores.get("jpeg_quality", 100) / 10)  # other formats lose nothing, or do not say
-    return -round(math.log(used) * 5), not finding.captions, -round(clean, 1), -coded, lost, -contrast, -round(clean, 2), -area
+    return (
+        not finding.faces,
+        -round(math.log(used) * 5),
+        not finding.captions,
+        -round(clean, 1),
+        -coded,
+        lost,
+        -contrast,
+        -round(clean, 2),
+        -area,
+    )
 
 
 class _Columns:
@@ -557,7 +568,7 @@ class _Columns:
 
     def __init__(self, findings: Sequence[Finding]):
         count, size = len(findings), len(SPANS) ** 2
-        worth, usable = np.zeros((count, 8)), np.zeros(count, bool)
+        worth, usable = np.zeros((count, 9)), np.zeros(count, bool)
         self.contents, self.hashes, self.hashed = np.zeros(count, "S64"), np.zeros((count, size), np.uint64), np.zeros(count, bool)
         for index, finding in enumerate(findings):
             if finding.verdict is not None:

@@ -39,6 +39,8 @@ PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks 
 MANIFEST = "manifest.jsonl"
 FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
 MOST = 0.5  # share of the pictures with a face that must show one person for the others to be somebody else
+ALONE = ("too_small", "exposure")  # classes of pictures that show too little to be held against others
+LIKER = 0.1  # by how much more of a cosine a copy shows the character much better
 EVERY = 30  # seconds between two lines of progress in a log
 SAMPLE = 10_000  # pictures by which variety is measured, evenly out of all
 TOGETHER = 1000  # pictures of which a CLIP is asked at once
@@ -116,7 +118,7 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
             decided.verdicts[index] = finding.verdict
         elif verdict := quality.judge(finding.scores, finding.width, finding.height, settings.quality):
             poor[index] = verdict
-            if verdict.kind == "too_small":
+            if verdict.kind in ALONE:
                 decided.verdicts[index] = verdict
     left = decided.open(everyone)
     chosen = findings.only(left)
@@ -143,6 +145,9 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
                 f"As far as the embedder {settings.embedder} can tell, the most frequent face is in {share:.0%} of the pictures that have "
                 "one: too few to set the others aside. Name curation.people.references, or a curation.embedder that knows such faces."
             )
+    if character is not None:
+        exchange(decided, findings, character, wanted.threshold, poor)
+        left = decided.open(everyone)
     chosen = findings.only(left)
     found = people.decide(chosen, lambda place: findings.face_vectors(left[place]), wanted, settings.crops, character)
     for index, decision in zip(left, found, strict=True):
@@ -151,6 +156,27 @@ def decide(findings: Findings, settings: CurationSettings, character: people.Cha
         elif decision.face is not None:
             decided.faces[index] = decision.face
     return decided
+
+
+def exchange(
+    decided: Decided, findings: Findings, character: people.Character, threshold: float, poor: Mapping[int, Verdict]
+) -> None:  # fmt: skip
+    """Of copies one of which shows the character much better, as one that does not stand on its head, that one stays."""
+
+    def likeness(index: int) -> float:
+        return float((findings.face_vectors(index) @ character.vector).max()) if findings[index].faces else -1.0
+
+    for group in decided.groups:
+        kept = group[0]
+        if kept in decided.verdicts:
+            continue
+        best = max((index for index in group if index not in poor), key=likeness, default=kept)
+        if (cosine := likeness(best)) >= threshold and cosine > likeness(kept) + LIKER:
+            before = likeness(kept)
+            del decided.verdicts[best]
+            said = f"nearly the same as {findings[best].name}, which has a cosine of {cosine:.2f} to the character; this has {before:.2f}"
+            decided.verdicts[kept] = Verdict("duplicate", said)
+            group[:] = [best, *(index for index in group if index != best)]
 
 
 def most_frequent(findings: Findings, indices: Sequence[int], threshold: float) -> tuple[people.Character, float] | None:

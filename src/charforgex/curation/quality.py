@@ -91,11 +91,11 @@ def judge(scores: Mapping[str, float], width: int, height: int, settings: Qualit
         ("blurred", "assessed_sharpness", "sharpness assessed as {:.2f}", settings.min_assessed, None),
         ("noisy", "noise", "noise of {:.1f} grey levels", None, settings.max_noise),
         ("noisy", "assessed_clean", "freedom from noise assessed as {:.2f}", settings.min_assessed, None),
+        ("marked", "border", "a frame takes a share of {:.2f}", None, settings.max_border),
+        ("marked", "text", "lines of text take a share of {:.3f}", None, settings.max_text),
         ("compressed", "blocks", "the edges of 8-pixel blocks stand out by {:.1f} grey levels", None, settings.max_blocks),
         ("compressed", "jpeg_quality", "JPEG quality {:.0f}", settings.min_jpeg_quality, None),
         ("blurred", "steadiness", "shaken: edges across one direction have {:.2f} of the others' sharpness", settings.min_steadiness, None),
-        ("marked", "border", "a frame takes a share of {:.2f}", None, settings.max_border),
-        ("marked", "text", "lines of text take a share of {:.3f}", None, settings.max_text),
     )
     for kind, name, words, least, most in checks:
         if name not in scores:
@@ -349,6 +349,8 @@ def _mark_lines(marks: np.ndarray, boxes: np.ndarray) -> None:
         line[np.flatnonzero(follows[letter])[0]] = line[letter]
     for first in np.flatnonzero(np.bincount(line) >= LINE):
         members = line == first
+        if np.ptp(np.quantile(width[members], (0.1, 0.9))) < 2:  # all of one width: the lit windows of a house
+            continue
         marks[top[members].min() : bottom[members].max(), left[members].min() : right[members].max()] = True
 
 

@@ -185,7 +185,17 @@ def small(maker: Maker, rng: random.Random, index: int) -> Made:
 
 
 def landscape(maker: Maker, rng: random.Random, index: int) -> Made:
-    return png(maker.scenery(rng, maker.size, maker.size))
+    """A part of a scene with balloons in front of it: scenes are few, and no two of these shall be the same picture."""
+    side = rng.randint(maker.size, 2 * maker.size)
+    left, top = (rng.randint(0, 2 * maker.size - side) for _ in range(2))
+    picture = maker.scenery(rng, 2 * maker.size, 2 * maker.size).crop((left, top, left + side, top + side))
+    picture = picture.resize((2 * maker.size, 2 * maker.size), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    for _ in range(rng.randint(4, 8)):
+        radius = rng.uniform(0.1, 0.3) * maker.size
+        x, y = (rng.uniform(0, 2 * maker.size) for _ in range(2))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), tuple(rng.randrange(256) for _ in range(3)))
+    return png(picture.resize((maker.size, maker.size), Image.Resampling.BOX))
 
 
 def stranger(maker: Maker, rng: random.Random, index: int) -> Made:
