@@ -30,6 +30,7 @@ from charforgex.lora.identify import family_of, identify
 from charforgex.lora.inject import TEXT_PREFIX
 from charforgex.lora.joined import split, swap_halves
 from charforgex.lora.names import Names, Parts, Spelling
+from charforgex.lora.quantized import whole
 from charforgex.lora.state import Layer, Lora, LoraLayer, some
 
 
@@ -96,7 +97,7 @@ def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Raises LoraError."""
+    """A safetensors file; what is quantised in it is read as what it stands for. Raises LoraError."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -105,7 +106,7 @@ def opened(path: Path) -> Iterator[Any]:
         raise LoraError(f"{path} is not a .safetensors file. Other formats can run code when they are opened; convert it first.")
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            yield whole(file)
     except (SafetensorError, OSError) as error:
         raise LoraError(f"{path} is damaged or no safetensors file: {error}") from error
 

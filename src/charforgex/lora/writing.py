@@ -6,7 +6,8 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,11 @@ from charforgex.lora.state import Layer, Lora, LoraLayer, some
 from charforgex.runs import replace_atomic
 
 Get = Callable[[str], Layer | None]  # our name -> the layer, None where a module is not adapted
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors call them
+DTYPES = {  # as safetensors call them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
+SMALL = 4096  # bytes; alphas, magnitudes and scales are below it
 
 
 def write(
@@ -81,8 +86,7 @@ def write_layers(
     """
     written: dict[str, Written] = {}
     moved = False
-    with replace_atomic(path) as temporary, tempfile.TemporaryFile(dir=temporary.parent) as bulk:
-        body = _Body(dtype, bulk)
+    with _body(path) as (body, told):
         for stored, tensors in _stored(get, layers, format, names, dtype):
             written |= {name: Written(layer.rank, layer.alpha, layer.kind) for name, layer in stored.items()}
             moved = moved or not all(layer.is_zero for layer in stored.values())
@@ -91,31 +95,47 @@ def write_layers(
         if not moved:
             raise LoraError(f"All {len(written)} layers are zero, so the adapter would change nothing: {some(written)}.")
         lycoris.check_mixed({name: layer.kind for name, layer in written.items()}, format)
-        told = {key: value for key, value in (metadata or {}).items() if key != ADAPTER_METADATA}
+        told |= {key: value for key, value in (metadata or {}).items() if key != ADAPTER_METADATA}
         if WRITTEN[format].header:
             told[ADAPTER_METADATA] = json.dumps(_adapter_metadata(written), sort_keys=True)
-        with temporary.open("wb") as file:
-            body.write(file, told)
     return written
 
 
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """`write_layers` for tensors as they are, by key: another file's, quantised."""
+    with _body(path) as (body, told):
+        told |= metadata
+        for key, tensor in tensors:
+            body.add(key, tensor)
+
+
+@contextmanager
+def _body(path: str | Path) -> Iterator[tuple[_Body, dict[str, str]]]:
+    """What fills up with tensors and metadata, and becomes the file at `path` in the end."""
+    with replace_atomic(path) as temporary, tempfile.TemporaryFile(dir=temporary.parent) as bulk:
+        body, told = _Body(bulk), {}
+        yield body, told
+        with temporary.open("wb") as file:
+            body.write(file, told)
+
+
 class _Body:
-    """The data of a safetensors file on its way: what is of the file's dtype goes to disk at once, the rest (alphas, magnitudes) is little.
+    """The data of a safetensors file on its way: what is large goes to disk at once, the rest is little.
 
     The order is the library's, so that a file which another tool saves again has the same hash: wider values first, then by name.
     """
 
-    def __init__(self, dtype: torch.dtype, bulk: BinaryIO):
-        self.dtype, self.bulk = dtype, bulk
+    def __init__(self, bulk: BinaryIO):
+        self.bulk = bulk
         self.small: dict[str, Tensor] = {}
-        self.large: dict[str, tuple[tuple[int, ...], int, int]] = {}  # shape, place and bytes
+        self.large: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}  # dtype, shape, place and bytes
 
     def add(self, key: str, tensor: Tensor) -> None:
-        if tensor.dtype != self.dtype:
+        if tensor.nbytes <= SMALL:
             self.small[key] = tensor
             return
         data = _bytes(tensor)
-        self.large[key] = tuple(tensor.shape), self.bulk.tell(), len(data)
+        self.large[key] = tensor.dtype, tuple(tensor.shape), self.bulk.tell(), len(data)
         self.bulk.write(data)
 
     def write(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
@@ -124,7 +144,7 @@ class _Body:
         Hashes of the data alone are added: modelspec's, and the one by which A1111 and Civitai know a LoRA.
         """
         found = [(tensor.dtype, key, tuple(tensor.shape), tensor.nbytes) for key, tensor in self.small.items()]
-        found += [(self.dtype, key, shape, size) for key, (shape, _, size) in self.large.items()]
+        found += [(dtype, key, shape, size) for key, (dtype, shape, _, size) in self.large.items()]
         found.sort(key=lambda one: (-one[0].itemsize, one[1]))
         entries, at = {}, 0
         for dtype, key, shape, size in found:
@@ -147,7 +167,7 @@ class _Body:
     def _data(self, key: str) -> bytes | memoryview:
         if key in self.small:
             return _bytes(self.small[key])
-        _, place, size = self.large[key]
+        _, _, place, size = self.large[key]
         self.bulk.seek(place)
         return self.bulk.read(size)
 
