@@ -166,11 +166,15 @@ def exchange(
     def likeness(index: int) -> float:
         return float((findings.face_vectors(index) @ character.vector).max()) if findings[index].faces else -1.0
 
+    def area(index: int) -> int:
+        return findings[index].width * findings[index].height
+
     for group in decided.groups:
         kept = group[0]
         if kept in decided.verdicts:
             continue
-        best = max((index for index in group if index not in poor), key=likeness, default=kept)
+        least = area(kept) if likeness(kept) >= threshold else 0  # less of a picture is no better for a higher cosine
+        best = max((index for index in group if index not in poor and area(index) >= least), key=likeness, default=kept)
         if (cosine := likeness(best)) >= threshold and cosine > likeness(kept) + LIKER:
             before = likeness(kept)
             del decided.verdicts[best]
