@@ -104,11 +104,8 @@ def identify(header: Header) -> str | None:
     that refuses them.
     """
     shapes = header.shapes
-    if shapes and sum(bool(LORA_KEY.search(key)) for key in shapes) > len(shapes) / 2:
-        return "a LoRA"
-    for pattern, (what, _) in OTHERS.items():
-        if any(re.search(pattern, key) for key in shapes):
-            return what
+    if (other := _other(header)) is not None:
+        return other
     if CLIP_G_IN_BASE in shapes and UNET_IN in shapes:
         if "edm_mean" in shapes or "edm_vpred.sigma_max" in shapes:
             return "SDXL trained in EDM's formulation (such as Playground 2.5)"
@@ -131,6 +128,20 @@ def identify(header: Header) -> str | None:
     if found is None and "pos_embed" in bare and "joint_blocks.0.context_block.adaLN_modulation.1.bias" in bare:
         return "sd3"  # of any size
     return found or next((what for end, what in PART_ENDS.items() if any(key.endswith(end) for key in shapes)), None)
+
+
+def _other(header: Header) -> str | None:
+    """What is told by the way its keys look, and is no base whose weights can be read."""
+    shapes = header.shapes
+    if shapes and sum(bool(LORA_KEY.search(key)) for key in shapes) > len(shapes) / 2:
+        return "a LoRA"
+    return next((what for pattern, (what, _) in OTHERS.items() if any(re.search(pattern, key) for key in shapes)), None)
+
+
+def refuse_others(header: Header) -> None:
+    """Raises ModelError for a file whose keys say that its weights cannot be read as they lie: adapters, quantised ones."""
+    if (found := _other(header)) is not None:
+        raise ModelError(f"{header.path} is {found}: {ADVICE[found]}.")
 
 
 def _by_diffusers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -54,6 +54,14 @@ class Original:
             return stored.T
         return stored[..., 0, 0] if self.convolved else stored
 
+    def written(self, ours: Tensor) -> Tensor:
+        """The inverse of `read`: the rows of `span` as they are stored."""
+        if self.swapped:
+            return torch.cat(ours.chunk(2)[::-1])
+        if self.transposed:
+            return ours.T
+        return ours[..., None, None] if self.convolved else ours
+
 
 @dataclass(frozen=True)
 class Spelling:
