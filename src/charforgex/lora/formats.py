@@ -50,12 +50,16 @@ FORMATS = {  # of every family and layer
     "comfyui": Format(".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
 WRITTEN = FORMATS | {"ai-toolkit": Format(".lora_A.weight", ".lora_B.weight"), "xlabs": Format(".down.weight", ".up.weight")}
-SIDES = {  # how the keys end that are read, whatever the names
-    ".lora_A.weight": "down", ".lora_A.default.weight": "down", ".lora_down.weight": "down", ".down.weight": "down",
-    ".lora_B.weight": "up", ".lora_B.default.weight": "up", ".lora_up.weight": "up", ".up.weight": "up",
+SIDES = {  # how the keys end that are read, whatever the names; of two that fit, the first
+    ".lora_A.weight": "down", ".lora_A.default.weight": "down", ".lora_down.weight": "down",
+    ".lora_B.weight": "up", ".lora_B.default.weight": "up", ".lora_up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora.down.weight": "down", ".down.weight": "down",
+    ".lora_linear_layer.up.weight": "up", ".lora.up.weight": "up", ".up.weight": "up",
     ".alpha": "alpha",
 } | lycoris.SIDES  # fmt: skip
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' and peft's settings, as JSON; diffusers refuses it in kohya files
+# What no adapter needs, and a hostile file may have: the largest published LoRAs have some thousand keys and 2 MB of captions' tags
+MAX_HEADER, MAX_KEYS, MAX_KEY, MAX_PATTERNS = 32 << 20, 50_000, 500, 200
 
 
 # ---- reading ----
@@ -75,29 +79,28 @@ def open_lora(path: str | Path, names: Names) -> Iterator[LoraFile]:
     """`read` for what need not be in memory as a whole."""
     path = Path(path)
     with opened(path) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        try:
-            yield LoraFile(shapes, file.metadata() or {}, names, file.get_tensor)
-        except LoraError as error:
-            raise LoraError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        yield LoraFile(shapes_of(file), file.metadata() or {}, names, file.get_tensor, path)
+
+
+def shapes_of(file: Any) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of an opened file, by key."""
+    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_header(path: str | Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """A LoRA file's metadata, and its shapes by key; no tensor is read. Raises LoraError if it is no LoRA file that can be read."""
     path = Path(path)
-    with opened(path) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
-    try:
+    with opened(path) as file, _named(path):
+        shapes = shapes_of(file)
         identify(shapes)
-    except LoraError as error:
-        raise LoraError(f"{path}: {error}") from error
-    return metadata, shapes
+        return dict(file.metadata() or {}), shapes
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is quantised in it is read as what it stands for. Raises LoraError."""
+    """A safetensors file; what is quantised in it is read as what it stands for. Raises LoraError, also for a header that is out of all
+    proportion to an adapter's: reading a million keys would take seconds and gigabytes.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -105,10 +108,31 @@ def opened(path: Path) -> Iterator[Any]:
     if path.suffix != ".safetensors":
         raise LoraError(f"{path} is not a .safetensors file. Other formats can run code when they are opened; convert it first.")
     try:
-        with safe_open(path, "pt") as file:
-            yield whole(file)
+        with path.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER < length <= path.stat().st_size:
+            raise LoraError(f"{path} has a header of {length} bytes; an adapter's has at most {MAX_HEADER}.")
+        file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise LoraError(f"{path} is damaged or no safetensors file: {error}") from error
+    with file:
+        keys = file.keys()
+        if len(keys) > MAX_KEYS or max(map(len, keys), default=0) > MAX_KEY:
+            raise LoraError(
+                f"{path} has {len(keys)} keys of up to {max(map(len, keys))} characters; an adapter has at most {MAX_KEYS} of {MAX_KEY}."
+            )
+        with _named(path):
+            file = whole(file)
+        yield file
+
+
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Errors say in which file it is."""
+    try:
+        yield
+    except LoraError as error:
+        raise LoraError(f"{path}: {error}" if path else str(error)) from error
 
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Spelling, denoiser_config: Mapping[str, Any]) -> Lora:
@@ -120,13 +144,23 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fam
 class LoraFile:
     """A LoRA file with its keys understood and its layers made when asked for, in float32: one module of the file is held at a time.
 
-    `shapes` and `get` are of its tensors, by key. Raises LoraError for keys of no module, of two spellings, or without their other half.
+    `shapes` and `get` are of its tensors, by key; `path` is for messages. Raises LoraError for keys of no module, of two spellings, or
+    without their other half, and when a layer is read, for factors that do not fit together, are no numbers or not finite.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], names: Names, get: Callable[[str], Tensor]):
-        identify(shapes)
-        self.metadata, self.shapes, self._get = dict(metadata), shapes, get
-        readable = names.readable()
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], names: Names, get: Callable[[str], Tensor],
+        path: Path | None = None,
+    ):  # fmt: skip
+        self.metadata, self.shapes, self.path, self._get = dict(metadata), shapes, path, get
+        self.dtypes: dict[str, torch.dtype] = {}  # by key, of what has been read
+        self._last: tuple[str, dict[str, Layer]] = "", {}
+        with _named(path):
+            identify(shapes)
+            self._understand(names)
+
+    def _understand(self, names: Names) -> None:
+        readable, shapes = names.readable(), self.shapes
         self.sides: dict[str, dict[str, str]] = defaultdict(dict)  # by name in the file: which factor -> its key
         left_over = []
         for key in shapes:
@@ -135,14 +169,14 @@ class LoraFile:
             if end is None or module not in readable:
                 left_over.append(key)
             elif SIDES[end] in self.sides[module]:
-                raise LoraError(f"{_said(readable[module])} is there twice under two spellings, one of them {key}.")
+                raise LoraError(f"{_said(readable[module])} is there twice under two spellings, one of them {some([key])}.")
             else:
                 self.sides[module][SIDES[end]] = key
-        left_over = [key for key in left_over if not (key.endswith((".diff", ".diff_b")) and not get(key).any())]  # they change nothing
+        left_over = [key for key in left_over if not (key.endswith((".diff", ".diff_b")) and not self._tensor(key).any())]  # no change
         if left_over:
             raise LoraError(
                 f"{len(left_over)} of {len(shapes)} keys belong to no module of this {names.family} model: {some(left_over)}."
-                f"{_hint(shapes, names.family)}"
+                f"{_hint(shapes, names.family)}{unreadable(left_over)}"
             )
         self.parts = {module: readable[module] for module in self.sides}
         self.spelled: dict[str, str] = {}  # our names -> names in the file
@@ -155,28 +189,48 @@ class LoraFile:
             raise LoraError(f"{len(incomplete)} layers lack one of their two factors: {some(incomplete)}.")
         downs = {name: shapes[self.sides[module]["down"]] for name, module in self.spelled.items() if "down" in self.sides[module]}
         plain = [name for name, module in self.spelled.items() if "magnitude" not in self.sides[module]]
-        self._alphas = _said_alphas(metadata, {name: down[0] for name, down in downs.items() if down}, plain)
-        self._last: tuple[str, dict[str, Layer]] = "", {}
+        self._alphas = _said_alphas(self.metadata, {name: down[0] for name, down in downs.items() if down}, plain)
 
     @property
     def names(self) -> list[str]:
         """Our names of the layers. Of a weight that joins several of ours, some may turn out to be unchanged."""
         return list(self.spelled)
 
+    def kinds(self) -> dict[str, str]:
+        """Of what kind each layer is, by our names. Nothing is read."""
+        return {name: lycoris.kind_of(self.sides[module]) for name, module in self.spelled.items()}
+
     def dtype(self, sides: Mapping[str, str]) -> torch.dtype:
         """In which the factors of one of `sides` are stored. Reads one of them."""
-        return self._get(min(key for side, key in sides.items() if side != "alpha")).dtype
+        return self._tensor(min(key for side, key in sides.items() if side != "alpha")).dtype
 
     def layer(self, name: str) -> Layer | None:
-        """None if this module is not adapted. Raises LoraError for factors that do not fit together."""
+        """None if this module is not adapted. Raises LoraError."""
         module = self.spelled.get(name)
         return None if module is None else self._module(module).get(name)
 
     def _module(self, module: str) -> dict[str, Layer]:
         if self._last[0] != module:
-            sides = {side: self._get(key) for side, key in self.sides[module].items()}
-            self._last = module, _layers(self.parts[module], sides, self._alphas)
+            with _named(self.path):
+                sides = {side: self._tensor(key) for side, key in self.sides[module].items()}
+                self._last = module, _layers(self.parts[module], sides, self._alphas)
         return self._last[1]
+
+    def _tensor(self, key: str) -> Tensor:
+        """Raises LoraError for one that cannot be read, is no tensor of real numbers, or not of the shape that was listed."""
+        from safetensors import SafetensorError
+
+        try:
+            tensor = self._get(key)
+        except SafetensorError as error:
+            raise LoraError(f"{key} cannot be read: {error}") from error
+        real = tensor.is_floating_point() and tensor.dtype not in UNREADABLE
+        if not (real or key.endswith(".alpha") and tensor.dtype in INTEGERS) or tuple(tensor.shape) != self.shapes[key]:
+            raise LoraError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, which is no factor; floating-point numbers are.")
+        if not tensor.float().isfinite().all():
+            raise LoraError(f"{key} holds values that are not finite.")
+        self.dtypes[key] = tensor.dtype
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Layer]]:
         for module in self.sides:

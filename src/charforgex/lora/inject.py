@@ -163,6 +163,27 @@ def without_adapter(*networks: nn.Module) -> Iterator[None]:
                 layer.enable_adapters(not disabled)
 
 
+def acting(*networks: nn.Module) -> Callable[[Sequence[str]], AbstractContextManager]:
+    """A context that takes names of adapters: inside, of all that the networks hold these alone act, and others cost nothing.
+
+    Made once, as below, because looking for the layers takes long; layers that come later are not among them.
+    """
+    layers = [layer for network in networks for layer in _tuner_layers(network)]
+
+    @contextmanager
+    def context(names: Sequence[str]) -> Iterator[None]:
+        before = [layer._active_adapter for layer in layers]  # set_adapter would switch gradients, too
+        for layer in layers:
+            layer._active_adapter = [key for key in map(_key, names) if key in layer.scaling]
+        try:
+            yield
+        finally:
+            for layer, names_before in zip(layers, before, strict=True):
+                layer._active_adapter = names_before
+
+    return context
+
+
 def leaving_casts_to_autocast(*networks: nn.Module) -> Callable[[], AbstractContextManager]:
     """A context for whole steps, backward pass included, under autocast: in it, peft hands its layers' inputs on as they are.
 

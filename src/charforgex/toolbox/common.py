@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from charforgex.errors import ConfigError, LoraError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from charforgex.lora.state import Layer
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+T = TypeVar("T")
+PATIENCE = 2.0  # seconds without a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +161,23 @@ def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:
     except ValueError:
         return {}
     return {"lineage": told} if isinstance(told, dict) else {}
+
+
+def progress(items: Collection[T], what: str) -> Iterator[T]:
+    """The items, and a bar on a terminal if they take more than a moment."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, started, bar, task = Console(stderr=True), time.monotonic(), None, None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and console.is_terminal and time.monotonic() - started > PATIENCE:
+                bar = Progress(console=console, transient=True)
+                bar.start()
+                task = bar.add_task(what, total=len(items))
+            if bar is not None:
+                bar.update(task, completed=done)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -115,16 +115,20 @@ class Objective:
             noise = noise + self.noise_offset * torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=generator)
         return noise
 
-    def losses(self, family: Family, denoiser, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> Tensor:
-        """Per-picture losses (B,). Everything random is a function of `key`."""
+    def draw(self, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents, their noise and times, each a function of `key`; of the times only where none are given."""
         device = batch.mean_BChw.device
         fresh = torch.randn(batch.mean_BChw.shape, generator=torch_generator(*key, "posterior")).to(device)
         clean = batch.mean_BChw + batch.std_BChw * fresh
         noise = self.noise(clean.shape, *key).to(device)
         if t_B is None:
             t_B = self.times(len(batch), process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
-        t_B = t_B.to(device)
-        noisy = process.add_noise(clean, noise, t_B)
+        return clean, noise, t_B.to(device)
+
+    def losses(self, family: Family, denoiser, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> Tensor:
+        """Per-picture losses (B,). Everything random is a function of `key`."""
+        clean, noise, t_B = self.draw(process, batch, *key, t_B=t_B)
+        noisy, device = process.add_noise(clean, noise, t_B), clean.device
 
         def predict(text: Text) -> Tensor:
             with computing_in(next(denoiser.parameters()).dtype, device):
