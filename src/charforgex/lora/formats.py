@@ -26,12 +26,12 @@ from torch import Tensor
 
 from charforgex.errors import LoraError
 from charforgex.lora import lycoris
-from charforgex.lora.identify import family_of, identify
+from charforgex.lora.identify import family_of, identify, unreadable
 from charforgex.lora.inject import TEXT_PREFIX
-from charforgex.lora.joined import split, swap_halves
+from charforgex.lora.joined import split
 from charforgex.lora.names import Names, Parts, Spelling
 from charforgex.lora.quantized import whole
-from charforgex.lora.state import Layer, Lora, LoraLayer, some
+from charforgex.lora.state import Layer, Lora, some
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ SIDES = {  # how the keys end that are read, whatever the names; of two that fit
 } | lycoris.SIDES  # fmt: skip
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' and peft's settings, as JSON; diffusers refuses it in kohya files
 # What no adapter needs, and a hostile file may have: the largest published LoRAs have some thousand keys and 2 MB of captions' tags
-MAX_HEADER, MAX_KEYS, MAX_KEY, MAX_PATTERNS = 32 << 20, 50_000, 500, 200
+MAX_HEADER, MAX_KEYS, MAX_KEY, MAX_PATTERNS = 32 << 20, 50_000, 500, 8
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # an alpha may be one
+PACKED = {torch.float4_e2m1fn_x2, torch.float8_e8m0fnu}  # two values in a byte; exponents alone
 
 
 # ---- reading ----
@@ -224,10 +226,10 @@ class LoraFile:
             tensor = self._get(key)
         except SafetensorError as error:
             raise LoraError(f"{key} cannot be read: {error}") from error
-        real = tensor.is_floating_point() and tensor.dtype not in UNREADABLE
-        if not (real or key.endswith(".alpha") and tensor.dtype in INTEGERS) or tuple(tensor.shape) != self.shapes[key]:
+        real = tensor.is_floating_point() and tensor.dtype not in PACKED
+        if not (real or (key.endswith(".alpha") and tensor.dtype in INTEGERS)) or tuple(tensor.shape) != self.shapes[key]:
             raise LoraError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, which is no factor; floating-point numbers are.")
-        if not tensor.float().isfinite().all():
+        if not (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all():
             raise LoraError(f"{key} holds values that are not finite.")
         self.dtypes[key] = tensor.dtype
         return tensor
@@ -260,15 +262,11 @@ def _layers(parts: Parts, sides: Mapping[str, Tensor], said_alphas: Mapping[str,
     if alpha is None and not others:
         alpha = said_alphas.get(name)
     try:
-        if sides.keys() - {"down", "up", "alpha"}:
-            return {name: lycoris.layer_of(parts, sides, None if alpha is None else float(alpha))}
-        down, up = sides["down"], sides["up"]
-        if alpha is None:
-            alpha = down.shape[0] if down.ndim else 1
-        layer = LoraLayer(down.float(), up.float(), float(alpha))
+        layer = lycoris.layer_of(sides, None if alpha is None else float(alpha))
         if place.rows is None:
-            return {name: swap_halves(layer) if place.swapped else layer}
-        layers = split(layer, [place.rows for _, place in parts])
+            return {name: lycoris.swapped(layer) if place.swapped else layer}
+        rows = [place.rows for _, place in parts]
+        layers = split(layer, rows) if layer.kind == "lora" else lycoris.split_rows(layer, rows)
     except LoraError as error:
         raise LoraError(f"{_said(parts)}: {error}") from error
     return {name: layer for (name, _), layer in zip(parts, layers, strict=True) if layer is not None}
@@ -288,19 +286,40 @@ def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], plain: S
             raise LoraError(f"It was trained with {some(unreadable)}, which cannot be read.")
         components = {key.removesuffix(".lora_alpha"): value for key, value in settings.items() if key.endswith(".lora_alpha")}
         patterns = {component: settings.get(f"{component}.alpha_pattern") or {} for component in components}
-        compiled = {component: [(re.compile(rf"(.*\.)?({key})$"), key) for key in patterns[component]] for component in components}
+        matching = {component: _matching(list(said)) for component, said in patterns.items()}
         alphas = {}
         for name, rank in ranks.items():
             component, _, path = name.partition(".")
             if component in components:
-                # peft's rule: the first pattern that fits the end of the path. Most patterns are the path itself.
                 bare, said = path.removeprefix(TEXT_PREFIX), patterns[component]
-                key = bare if bare in said else next((key for pattern, key in compiled[component] if pattern.match(path)), None)
+                key = bare if bare in said else matching[component](path)
                 alphas[name] = float(components[component] if key is None else said[key])
                 if settings.get(f"{component}.use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)
                     alphas[name] *= math.sqrt(rank)
         return alphas
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        if isinstance(error, LoraError):
-            raise
+    except LoraError:
+        raise
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise LoraError(f"Its header's {ADAPTER_METADATA} cannot be understood: {error}") from error
+
+
+def _matching(patterns: Sequence[str]) -> Callable[[str], str | None]:
+    """peft's rule: of patterns for the end of a path, at a dot, the first that fits. Nearly all are plain names, which are looked up.
+
+    Raises LoraError for regular expressions that could take for ever to try.
+    """
+    order = {pattern: i for i, pattern in enumerate(patterns)}
+    plain = {pattern.replace("\\.", "."): pattern for pattern in reversed(patterns) if re.fullmatch(r"\^?([\w-]|\\?\.)+", pattern)}
+    others = [pattern for pattern in patterns if not re.fullmatch(r"\^?([\w-]|\\?\.)+", pattern)]
+    slow = [one for one in others if len(re.findall(r"[*+?{]", one)) > 2 or re.search(r"\)[*+?{]|\(\?|\\\d", one) or len(one) > 100]
+    if slow or len(others) > MAX_PATTERNS:
+        raise LoraError(f"Its {len(others)} patterns for alphas are more than can be tried, such as {some(slow or others)}.")
+    compiled = {re.compile(rf"(.*\.)?({pattern})$"): pattern for pattern in others}
+
+    def find(path: str) -> str | None:
+        names = path.split(".")
+        ends = ["^" + path, *(".".join(names[i:]) for i in range(len(names)))]
+        found = [plain[end] for end in ends if end in plain] + [pattern for one, pattern in compiled.items() if one.match(path)]
+        return min(found, key=order.__getitem__, default=None)
+
+    return find

@@ -9,7 +9,7 @@ from charforgex.errors import LoraError
 from charforgex.lora.state import some
 
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".down.weight")
-LYCORIS = (".hada_w1_b", ".lokr_w1", ".lokr_w1_a")
+LYCORIS = (".hada_w1_b", ".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a")
 FLAT = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
 SDXL_TEXT, OTHER_UNETS_TEXT = 2048, (768, 1024)  # width of what the UNet's second attentions read: SDXL; Stable Diffusion 1 and 2
 FLUX_BLOCKS = {"double": 19, "single": 38}  # HunyuanVideo has names of Flux and 20 and 40 blocks
@@ -31,10 +31,32 @@ def identify(keys: Iterable[str]) -> str:
         return "comfyui"
     if adapted:
         return "diffusers"
-    guess = ""
+    guess = unreadable(keys)
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
         guess = " They look like a whole checkpoint, not an adapter."
     raise LoraError(f"None of the {len(keys)} keys is a LoRA's in a format that can be read: {some(keys)}.{guess}")
+
+
+UNREADABLE = {  # how keys end, or begin, of what is no adapter that can be read -> what it is
+    r"\.lora_B\.bias$|\.norm\.(query|key)_norm\.scale$": (
+        "a control LoRA of Black Forest Labs (FLUX.1 Canny or Depth): with biases, norms and a wider img_in, it is for a base that reads "
+        "pictures besides text, which none here is"
+    ),
+    r"\.diff(_b)?$": "full changes of weights (LyCORIS' full, or norms and biases): only products of factors are adapters here",
+    r"\.oft_blocks$|\.oft_diag$|\.oft_R\b": "OFT or BOFT, which turns weights instead of adding to them",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"\.on_input$": "IA3",
+    r"\.w_norm$|\.b_norm$": "changes of norms, which are no adapter's",
+    r"\.(set|reshape)_weight$": "weights that replace the base's",
+    r"^bundle_emb": "embeddings of words, bundled by OneTrainer; save the LoRA without them",
+    r"^(controlnet|lora_controlnet)\b": "a control-LoRA of Stability AI",
+}  # fmt: skip
+
+
+def unreadable(keys: Iterable[str]) -> str:
+    """A sentence on what keys are that have no place, if that is known."""
+    keys = list(keys)
+    return next((f" They are {what}." for pattern, what in UNREADABLE.items() if any(re.search(pattern, key) for key in keys)), "")
 
 
 def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
@@ -47,7 +69,7 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
     if any(re.search(r"(^|_)transformer_blocks_\d+_(attn2?|ff|ff_context|norm1|norm1_context)_", name) for name in names) and not _is_unet(
         names
     ):
-        widths = {shape[1] for name, shape in names.items() if _is_down(name) and re.search(r"_attn2?_(to_q|add_q_proj)_", name)}
+        widths = _widths(names, r"_attn2?_(to_q|add_q_proj)_")
         if widths and widths <= set(SD3_WIDTHS):
             return "sd3"
         return "flux" if widths == {FLUX_WIDTH} and _is_flux(names) else None
@@ -58,6 +80,11 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
 
 def _is_down(name: str) -> bool:
     return name.endswith(tuple(end.replace(".", "_") for end in DOWN))
+
+
+def _widths(names: Mapping[str, Sequence[int]], pattern: str) -> set[int]:
+    """What the modules of such names read: the columns of their first factors."""
+    return {shape[1] for name, shape in names.items() if len(shape) > 1 and _is_down(name) and re.search(pattern, name)}
 
 
 def _is_flux(names: Mapping[str, Sequence[int]]) -> bool:
@@ -75,7 +102,7 @@ def _is_unet(names: Mapping[str, Sequence[int]]) -> bool:
 
 def _is_sdxl(names: Mapping[str, Sequence[int]]) -> bool:
     """Stable Diffusion 1 and 2 have UNets of the same names, but one transformer block everywhere, narrower text, and one encoder."""
-    widths = {shape[1] for name, shape in names.items() if _is_down(name) and re.search(r"_attn2_to_[kv]_", name)}
+    widths = _widths(names, r"_attn2_to_[kv]_")
     if widths & {*OTHER_UNETS_TEXT}:
         return False
     second_encoder = any(name.startswith(("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_")) for name in names)

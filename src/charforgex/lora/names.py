@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from charforgex.lora.inject import TEXT_PREFIX
@@ -74,6 +75,10 @@ class Names:
 
     def readable(self) -> Table:
         """All names that are understood, whatever the format: the written ones and those that other tools use besides."""
+        return self._readable
+
+    @cached_property
+    def _readable(self) -> Table:
         tables = [self.table(format) for format in ("diffusers", "kohya", "comfyui", *self.dialects)]
         tables += [self._own(self._also), self._own(self._also_flat)]
         # peft's own prefix, and none, before original paths

@@ -102,7 +102,7 @@ class Quantized:
             shapes = {key: tuple(map(int, shape)) for key, shape in told.get("shapes", {}).items()}
             if self.kind not in STORED or (self.kind == "nf4" and shapes.keys() != self.codes) or any(len(s) < 2 for s in shapes.values()):
                 raise ValueError(f"it says {self.kind}, and names {len(shapes)} of {len(self.codes)} quantised factors")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise LoraError(f"Its header's {MARK} cannot be understood: {error}.") from error
         self.shapes = shapes if self.kind == "nf4" else {key: tuple(file.get_slice(key).get_shape()) for key in self.codes}
         for key, shape in self.shapes.items():

@@ -20,10 +20,16 @@ SHOWN = 5  # names in an error message
 
 
 def some(names) -> str:
-    """The first few of many names, and how many there are: for error messages."""
+    """The first few of many names, and how many there are: for error messages. What a terminal would obey is escaped."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(shown(name) for name in names[:SHOWN]) + more
+
+
+def shown(text: str) -> str:
+    """A text from somebody's file as it can be printed: in one line of at most 200 characters."""
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 class Layer:
