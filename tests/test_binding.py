@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from charforgex.config import Range, arguments, bind, nearest
 from charforgex.errors import ConfigError
+from charforgex.toolbox.common import Outputs
 
 if TYPE_CHECKING:
     from nowhere import Network
@@ -153,6 +154,18 @@ def test_functions_and_dataclasses_bind_too():
 
     assert bind(area, {"width": 3}, "box") == 6.0
     assert bind(Crop, {"size": 8}, "crop") == Crop(8)
+
+
+def test_an_inherited_field_is_understood_where_it_was_written():
+    """`Outputs.dtype` is of a type that this module has no name for."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shrunk(Outputs):
+        rank: int
+
+    assert bind(Shrunk, {"rank": 2, "dtype": "bfloat16", "out": "a.safetensors"}, "").out == Path("a.safetensors")
+    with pytest.raises(ConfigError, match="dtype=int7"):
+        bind(Shrunk, {"rank": 2, "dtype": "int7"}, "")
 
 
 def test_nearest_looks_beside_first():

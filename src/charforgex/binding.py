@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -101,8 +102,12 @@ def annotation(target: Callable, name: str) -> Any:
     declared = getattr(function, "__annotations__", {})
     if name not in declared:
         return Any
+    names = function.__globals__
+    if dataclasses.is_dataclass(target):  # an inherited field is written in the words of the module that declares it
+        owner = next((cls for cls in target.__mro__ if name in vars(cls).get("__annotations__", {})), target)
+        names = vars(sys.modules[owner.__module__])
     holder = types.SimpleNamespace(__annotations__={name: declared[name]})
-    hint = typing.get_type_hints(holder, globalns=function.__globals__, include_extras=True)[name]
+    hint = typing.get_type_hints(holder, globalns=names, include_extras=True)[name]
     return Any if isinstance(hint, TypeVar) else hint
 
 
