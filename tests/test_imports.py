@@ -19,9 +19,10 @@ ALLOWED = {
     "curation": {"charworld", "embedders", "onnx_nets"},
     "charworld": set(),
     "data": {"curation.manifest", "families.base", "charworld"},
-    "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation", "charworld"},
+    "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation", "charworld", "toolbox"},
     "generation": {"families", "lora"},
     "toolbox": {"families", "lora"},
+    "merging": {"families", "lora", "toolbox"},
     "evaluation": {"generation", "curation.manifest", "families.base", "charworld", "embedders"},
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["curate", "generate", "train"]
+__all__ = ["curate", "generate", "merge", "train"]
 
 
 def curate(**settings: Any) -> dict[str, Any]:
@@ -28,6 +28,11 @@ def train(**settings: Any) -> dict[str, Any]:
 def generate(**settings: Any) -> dict[str, Any]:
     """What `python generate.py name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
     return _run("generate", "charforgex.generation.run:generate", settings)
+
+
+def merge(**settings: Any) -> dict[str, Any]:
+    """What `python merge.py name=value ...` does. Returns what was made, see charforgex.merging.run; raises a CharForgeError."""
+    return _run("merge", "charforgex.merging.run:merge", settings)
 
 
 def _run(command: str, entry: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,15 @@ COMMANDS = {
     "curate": ("charforgex.curation.run:curate", "a mess of pictures, archives and clips to a dataset; curate report only looks"),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
+    "merge": ("charforgex.merging.run:merge", "several LoRAs to one, without a base model"),
 }
-TOOLS = {}  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
+TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
+    "bake": ("charforgex.toolbox.baking:bake", "into a base model for good: a diffusers folder or a single file"),
+    "resize": ("charforgex.toolbox.resizing:resize", "fewer directions: by rank, energy, ratio or error"),
+    "prune": ("charforgex.toolbox.pruning:prune", "without layers, weak directions or small entries"),
+    "quantize": ("charforgex.toolbox.quantizing:quantize", "factors in 8 or 4 bits"),
+    "distill": ("charforgex.training.distilling:distill", "several LoRAs into one, or high rank into low, by what the base predicts with them"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +83,8 @@ def with_files(arguments: Sequence[str]) -> list[str]:
 
     files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
     rest = [argument for argument in arguments if argument not in files]
-    return ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
+    place = next((i for i, argument in enumerate(rest) if "=" in argument and argument[:1] != "-"), len(rest))  # argparse wants them together
+    return rest[:place] + ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest[place:]
 
 
 def run(command: str, arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
@@ -84,6 +92,7 @@ def run(command: str, arguments: Sequence[str] | None = None, root: Path | None 
     entry, _ = COMMANDS[command] if command in COMMANDS else TOOLS[command.removeprefix("lora_")]
     name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command.replace('lora_', 'lora ')}"
     arguments = quote_texts(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_files(arguments) if command == "merge" else arguments
     folder = root / "conf" if root and (root / "conf").is_dir() else None
     raise SystemExit(guarded(entry, command, arguments, name, folder))
 

@@ -1,0 +1,232 @@
+"""The ways to make one change of a weight out of several, each with its paper.
+
+A change is a `Product` U V (lora/lowrank.py) or, where a method looks at single values, a dense matrix (out, k). Methods on products
+return terms, whose sum is the result: nothing dense is formed and nothing is lost. A file without the layer, or with weight 0 in it, is
+not among the arguments: its change is zero. What this means is said where it is not the same as adding zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from charforgex.draws import torch_generator
+from charforgex.errors import LoraError
+from charforgex.lora import lowrank
+from charforgex.lora.lowrank import Product
+
+Sign = Literal["total", "frequency"]
+STEPS, SETTLED = 200, 1e-13  # of the mean on a sphere
+
+
+class Term(NamedTuple):
+    """`weight` times a change."""
+
+    change: Product
+    weight: float
+
+
+# ---- on products ----
+
+
+def linear(changes: Sequence[Product], weights: Sequence[float]) -> list[Term]:
+    """The weighted sum of the changes themselves, not of their factors: sum of w_i U_i V_i (task arithmetic, Ilharco et al. 2023)."""
+    return [Term(change, weight) for change, weight in zip(changes, weights, strict=True)]
+
+
+def subtract(changes: Sequence[Product], weights: Sequence[float], first: bool = True) -> list[Term]:
+    """The first change less the others (negation of task vectors, Ilharco et al. 2023). `first`: whether the first file is among them."""
+    signs = [1.0 if first and index == 0 else -1.0 for index in range(len(changes))]
+    return [Term(change, sign * weight) for change, sign, weight in zip(changes, signs, weights, strict=True)]
+
+
+def slerp(changes: Sequence[Product], weights: Sequence[float]) -> list[Term]:
+    """The mean on the sphere of directions, at the weighted mean of the norms (Shoemake 1985; of more than two, Buss & Fillmore 2001).
+
+    Of two it is sin((1 - t) a) / sin(a) x + sin(t a) / sin(a) y for directions x and y at the angle a: halfway it is as far from one as
+    from the other, and not shorter than both as their sum is. A change of zero has no direction and takes part in the norm alone.
+    """
+    coefficients = slerp_coefficients(gram(changes), weights)
+    return [Term(change, weight) for change, weight in zip(changes, coefficients, strict=True)]
+
+
+def gram(changes: Sequence[Product]) -> Tensor:
+    """All inner products (n, n) in float64, from r x r matrices."""
+    table = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    for i, one in enumerate(changes):
+        for j, other in enumerate(changes[: i + 1]):
+            table[i, j] = table[j, i] = lowrank.inner(one, other)
+    return table
+
+
+def slerp_coefficients(products: Tensor, weights: Sequence[float]) -> list[float]:
+    """What each change is multiplied by, from their inner products (n, n) and weights of at least 0, which may sum up to less than 1.
+
+    Raises LoraError for directions without a mean, because they are opposite.
+    """
+    weight = torch.tensor(weights, dtype=torch.float64)
+    norms = products.diagonal().clamp(min=0).sqrt()
+    live = ((norms > 0) & (weight > 0)).nonzero().flatten()
+    if len(live) <= 1:
+        return [float(w) for w in weights]
+    size = float((weight * norms).sum())
+    cosines = (products[live][:, live] / norms[live, None] / norms[live]).clamp(-1, 1)
+    mean = _mean_direction(cosines, weight[live] / weight[live].sum())
+    found = torch.zeros_like(weight)
+    found[live] = mean * size / norms[live]
+    return found.tolist()
+
+
+def _mean_direction(cosines: Tensor, shares: Tensor) -> Tensor:
+    """Coefficients of the unit vector m with the least sum of shares * angle(m, x_i)^2, from the unit vectors' inner products.
+
+    Steps to the mean of the tangents at m that lead to the x_i, until they cancel.
+    """
+    if float(shares @ cosines @ shares) < 1e-8:
+        raise LoraError("They point in opposite directions, so there is no shortest way between them; use method=linear.")
+    if len(shares) == 2:
+        angle = math.acos(float(cosines[0, 1]))
+        if angle > 1e-4:  # below it, sines are their angles
+            shares = torch.sin(shares * angle) / math.sin(angle)
+        return shares / torch.sqrt(shares @ cosines @ shares)
+    mean = shares / torch.sqrt(shares @ cosines @ shares)
+    for _ in range(STEPS):
+        seen = (cosines @ mean).clamp(-1, 1)
+        angles = torch.acos(seen)
+        lengths = torch.where(angles > 1e-8, angles / torch.sin(angles).clamp(min=1e-12), 1.0)
+        step = shares * lengths - (shares * lengths * seen).sum() * mean
+        length = float(torch.sqrt((step @ cosines @ step).clamp(min=0)))
+        if length > 0:
+            mean = math.cos(length) * mean + math.sin(length) / length * step
+            mean = mean / torch.sqrt(mean @ cosines @ mean)
+        if length < SETTLED:
+            break
+    return mean
+
+
+def orthogonal(
+    changes: Sequence[Product | None], weights: Sequence[float], remove: Literal["inputs", "outputs", "either", "both"] = "inputs"
+) -> list[Term]:
+    """The sum, each change freed of what those before it occupy, so that they do not disturb each other.
+
+    Without the inputs that another change reads (its row space), a change does nothing wherever the other acts (Po et al. 2024, Orthogonal
+    Adaptation); without the outputs (its column space), it never writes what the other writes. "either" removes both, "both" only what has
+    its input and its output there. The first stays as it is. The spaces are the files' own: a weight of 0 projects all the same, and gives
+    what is left of the others alone. `changes` has None for a file without the layer.
+    """
+    terms: list[Term] = []
+    before: list[Product] = []
+    for change, weight in zip(changes, weights, strict=True):
+        if change is None:
+            continue
+        freed = _freed(change, before, remove) if before else change
+        before.append(change)
+        if weight != 0:
+            terms.append(Term(freed, weight))
+    return terms
+
+
+def _freed(change: Product, others: Sequence[Product], remove: str) -> Product:
+    exact = [Product(one.up.double(), one.down.double(), one.shape) for one in (change, *others)]
+    change, found = exact[0], lowrank.spectrum(lowrank.stacked([other.scaled(1 / (other.norm() or 1.0)) for other in exact[1:]]))
+    rank = found.numerical_rank()
+    left, right = found.left[:, :rank], found.right[:rank]
+    up, down = change.up, change.down
+    outputs, inputs = left @ (left.T @ up), (down @ right.T) @ right  # the parts in the others' spaces
+    if remove == "both":
+        return lowrank.stacked([change, Product(-outputs, inputs, change.shape)])
+    return Product(
+        up - outputs if remove in ("outputs", "either") else up, down - inputs if remove in ("inputs", "either") else down, change.shape
+    )
+
+
+# ---- on dense matrices ----
+
+
+def magnitude_prune(changes: Sequence[Tensor], weights: Sequence[float], density: float = 0.5) -> Tensor:
+    """The weighted sum of each change's largest values (Han et al. 2015): `density` of them stay, the others become 0."""
+    return sum(trimmed(change, density) * weight for change, weight in zip(changes, weights, strict=True))
+
+
+def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float = 0.5, sign: Sign = "total") -> Tensor:
+    """Trim, elect sign, merge (Yadav et al. 2023): of each change `density` of the values stay, the largest; each place gets the sign that
+    most of them have, by sum ("total") or by number ("frequency"); and there the mean of w_i x_i over those that have it.
+
+    Weights of 1 therefore keep the strength. A value that only one file has is not halved by the files that have nothing there.
+    """
+    return elected([trimmed(change, density) for change in changes], weights, sign)
+
+
+def dare_linear(changes: Sequence[Tensor], weights: Sequence[float], keys: Sequence[tuple], density: float = 0.5) -> Tensor:
+    """The weighted sum after dropping values by chance and dividing the rest by `density`, the share that stays (DARE, Yu et al. 2024).
+
+    `keys` are those of the draws, one for each change.
+    """
+    kept = [dropped(change, density, key) for change, key in zip(changes, keys, strict=True)]
+    return sum(change * weight for change, weight in zip(kept, weights, strict=True))
+
+
+def dare_ties(
+    changes: Sequence[Tensor], weights: Sequence[float], keys: Sequence[tuple], density: float = 0.5, sign: Sign = "total"
+) -> Tensor:
+    """DARE's drop (Yu et al. 2024) in place of TIES' trim, then its signs and mean (Yadav et al. 2023)."""
+    return elected([dropped(change, density, key) for change, key in zip(changes, keys, strict=True)], weights, sign)
+
+
+def della(
+    changes: Sequence[Tensor],
+    weights: Sequence[float],
+    keys: Sequence[tuple],
+    density: float = 0.5,
+    epsilon: float = 0.2,
+    sign: Sign = "total",
+) -> Tensor:
+    """DELLA (Deep et al. 2024): a value's chance to stay grows with its rank among the magnitudes of its row, from density - epsilon / 2
+    to density + epsilon / 2, and what stays is divided by it; then signs and mean as in TIES."""
+    kept = []
+    for change, key in zip(changes, keys, strict=True):
+        order = change.abs().argsort(dim=1, stable=True).argsort(dim=1).to(change.dtype)  # 0 for the smallest
+        chances = density - epsilon / 2 + epsilon * order / max(1, change.shape[1] - 1)
+        kept.append(dropped(change, chances, key))
+    return elected(kept, weights, sign)
+
+
+def trimmed(change: Tensor, density: float) -> Tensor:
+    """The share `density` of the values, the largest by magnitude; of equal ones at the border, all."""
+    count = max(1, int(density * change.numel()))
+    if count >= change.numel():
+        return change
+    sizes = change.abs()
+    border = sizes.flatten().kthvalue(change.numel() - count + 1).values
+    return torch.where(sizes >= border, change, 0)
+
+
+def dropped(change: Tensor, chance: float | Tensor, key: tuple) -> Tensor:
+    """Each value stays with its chance and is divided by it, so that the expectation is the same."""
+    drawn = torch.rand(change.shape, generator=torch_generator(*key))
+    return torch.where(drawn < chance, change / chance, 0)
+
+
+def elected(changes: Sequence[Tensor], weights: Sequence[float], sign: Sign) -> Tensor:
+    """The mean of w_i x_i over the values of the elected sign, 0 where there are none."""
+    votes = sum(change.sign() if sign == "frequency" else change for change in changes)
+    winner = torch.where(votes >= 0, 1.0, -1.0)
+    total, count = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
+    for change, weight in zip(changes, weights, strict=True):
+        agrees = change.sign() == winner
+        total += torch.where(agrees, change * weight, 0)
+        count += agrees
+    return total / count.clamp(min=1)
+
+
+def content(change: Product) -> str:
+    """A hash of a change's factors: draws that have it in their key are equal for equal changes, whichever file they come from."""
+    digest = hashlib.sha256()
+    for factor in (change.up, change.down):
+        digest.update(factor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

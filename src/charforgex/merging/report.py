@@ -1,0 +1,105 @@
+"""What a merge shows: a bar while it works for long, and a table by block when it is done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from charforgex.merging.blocks import block_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from charforgex.merging.merger import Row
+
+PATIENCE = 2.0  # seconds without a bar
+
+
+class Bar:
+    """A progress bar that only comes if the work takes long."""
+
+    def __init__(self, console: Console, total: int, what: str):
+        self.console, self.total, self.what = console, total, what
+        self.started, self.done, self.bar = time.monotonic(), 0, None
+
+    def step(self) -> None:
+        self.done += 1
+        if self.bar is None and time.monotonic() - self.started > PATIENCE:
+            from rich.progress import Progress
+
+            self.bar = Progress(console=self.console, transient=True)
+            self.task = self.bar.add_task(self.what, total=self.total)
+            self.bar.start()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def overall_error(rows: Iterable[Row]) -> float:
+    """What was cut, as a share of the whole result, in the Frobenius norm over all layers."""
+    rows = list(rows)
+    return math.sqrt(sum(row.lost**2 for row in rows) / total) if (total := sum(row.norm**2 for row in rows)) else 0.0
+
+
+def by_block(weights: Mapping[str, Sequence[float]], rows: Mapping[str, Row], order: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each block, in the order of depth: its layers, each file's weights, ranks, and what was cut. `weights` has all layers."""
+    found: dict[str, list[str]] = {block: [] for block in order}
+    for name in weights:
+        found[block_of(name)].append(name)
+    told = []
+    for block, names in ((block, names) for block, names in found.items() if names):
+        made = [rows[name] for name in names if name in rows]
+        files = range(len(weights[names[0]]))
+        told.append({
+            "block": block,
+            "layers": len(made),
+            "weights": [_ends(weights[name][index] for name in names) for index in files],
+            "ranks_before": [_ends(row.ranks[index] for row in made if row.ranks[index] is not None) for index in files],
+            "ranks": _ends(row.rank for row in made),
+            "norm": math.sqrt(sum(row.norm**2 for row in made)),
+            "error": overall_error(made),
+        })  # fmt: skip
+    return told
+
+
+def _ends(values: Iterable[float]) -> list[float]:
+    """The smallest and the largest, one number where they are the same, none of none."""
+    values = list(values)
+    return sorted({min(values), max(values)}) if values else []
+
+
+def _said(ends: Sequence[float]) -> str:
+    return (
+        "-".join(f"{value:.3g}" for value in ends) if all(value >= 0 for value in ends) else " to ".join(f"{value:.3g}" for value in ends)
+    )
+
+
+def show(console: Console, result: Mapping[str, Any], files: Sequence[str], share: Callable[[float], str] = "{:.2%}".format) -> None:
+    """The table, in which a file's column has its weights, and a line for the file."""
+    from rich.table import Table
+
+    table = Table(title=f"{result['method']} of {', '.join(files)}", title_justify="left")
+    table.add_column("block", no_wrap=True)
+    for heading in ("layers", *files, "ranks", "rank", "norm", "cut"):
+        table.add_column(heading, justify="right")
+    for row in result["blocks"]:
+        before = " + ".join(_said(ends) or "none" for ends in row["ranks_before"])
+        error = share(row["error"]) if row["error"] else "0"
+        numbers = [*(_said(ends) for ends in row["weights"]), before if row["layers"] else "", _said(row["ranks"]), f"{row['norm']:.3g}"]
+        table.add_row(row["block"], str(row["layers"]), *numbers, error)
+    console.print(table)
+    for word, source in result["presets"].items():
+        console.print(f"{word}: {source}.", soft_wrap=True)
+    where = result["out"] if not result["dry_run"] else "nothing is written (dry_run=true)"
+    size = f"{result['bytes_before'] / 2**20:.1f} -> {result['bytes'] / 2**20:.1f} MiB"
+    console.print(f"{where}: {result['layers']} layers, {size}, {share(result['error'])} cut", soft_wrap=True)
