@@ -31,6 +31,8 @@ TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value
     "prune": ("charforgex.toolbox.pruning:prune", "without layers, weak directions or small entries"),
     "quantize": ("charforgex.toolbox.quantizing:quantize", "factors in 8 or 4 bits"),
     "distill": ("charforgex.training.distilling:distill", "several LoRAs into one, or high rank into low, by what the base predicts with them"),
+    "analyze": ("charforgex.toolbox.analyzing:analyze", "what it changes, where and how much; several: how far they get in each other's way"),
+    "decompose": ("charforgex.toolbox.decomposing:decompose", "its directions by strength, and chosen ones alone as a LoRA"),
 }
 
 
