@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import LoraError
-from charforgex.lora.state import Layer, LoraLayer
+from charforgex.lora.state import Layer, LohaLayer, LokrLayer, LoraLayer
 
 EXACT = 1e-6  # singular values below this share of the largest are rounding
 
@@ -128,6 +128,32 @@ def dense_spectrum(change: Tensor) -> Spectrum:
     other = (matrix @ vectors if tall else matrix.T @ vectors) / values
     left, right = (other, vectors) if tall else (vectors, other)
     return Spectrum(left.to(change.dtype), values.to(change.dtype), right.T.to(change.dtype), shape)
+
+
+# ---- other kinds of layers ----
+
+
+def loha_product(layer: LohaLayer, shape: tuple[int, ...]) -> Product:
+    """A LoHa of rank r as a product of rank r^2, exactly: (A B) * (C D) is the sum over i and j of (A_i * C_j) (B_i * D_j)."""
+    a, b, c, d = (tensor.float() for tensor in (layer.w1_a, layer.w1_b, layer.w2_a, layer.w2_b))
+    up = (a[:, :, None] * c[:, None, :]).flatten(1)
+    return Product(up * layer.scale, (b[:, None] * d[None]).flatten(0, 1), shape)
+
+
+def lokr_spectrum(layer: LokrLayer, shape: tuple[int, ...]) -> Spectrum:
+    """Of a Kronecker product the singular values are the products of its factors', and the vectors theirs: no dense change is made."""
+    sides = []
+    for side in ("w1", "w2"):
+        whole, a, b = (getattr(layer, side + end) for end in ("", "_a", "_b"))
+        sides.append(dense_spectrum(whole.float()) if whole is not None else spectrum(Product(a.float(), b.float(), (len(a), b.shape[1]))))
+    one, two = sides
+    values, order = torch.outer(one.values, two.values).flatten().sort(descending=True)
+    kept = values > EXACT * values[0] if len(values) else values > 0
+    i, j = order[kept] // max(len(two.values), 1), order[kept] % max(len(two.values), 1)
+    left = torch.einsum("ar,br->abr", one.left[:, i], two.left[:, j]).flatten(0, 1)
+    right = torch.einsum("ra,rb->rab", one.right[i], two.right[j]).flatten(1)
+    sign = 1.0 if layer.scale >= 0 else -1.0
+    return Spectrum(left * sign, values[kept] * abs(layer.scale), right, shape)
 
 
 # ---- how much to keep: each says a rank for a spectrum ----

@@ -156,11 +156,16 @@ def lineage(opened: Opened, method: str, settings: Mapping[str, Any]) -> dict[st
 
 def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a parent says of its own parents; nothing if that is no JSON of ours."""
-    try:
-        told = json.loads(metadata.get("charforgex.lineage", "null"))
-    except ValueError:
-        return {}
+    told = parsed(metadata, "charforgex.lineage")
     return {"lineage": told} if isinstance(told, dict) else {}
+
+
+def parsed(metadata: Mapping[str, str], key: str) -> Any:
+    """The JSON in a header's value. None where there is none, or none that can be understood."""
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def progress(items: Collection[T], what: str) -> Iterator[T]:

@@ -1,0 +1,194 @@
+"""`charforgex lora convert`: a LoRA file in another format or dtype, and DoRA, LoHa and LoKr as plain LoRA."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from charforgex.config import Range, bind
+from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.toolbox.common import Dtype, Inputs, Opened, Outputs, lineage, opened_loras, save  # noqa: F401 - Dtype is in an annotation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from charforgex.lora.lowrank import Keep, Spectrum
+    from charforgex.lora.state import Layer, LoraLayer
+
+LYCORIS_KEYS = ("ss_network_module", "ss_network_args")  # what the header says of a kind that the file no longer has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Inputs, Outputs):
+    kind: Literal["lora"] | None = None
+    rank: Annotated[int, Range(at_least=1)] | None = None
+    error: Annotated[float, Range(at_least=0, below=1)] | None = None
+    base_weights: str | None = None
+
+    def __post_init__(self):
+        self.the_path()
+        given = [name for name in ("rank", "error", "base_weights") if getattr(self, name) is not None]
+        if given and self.kind is None:
+            raise ConfigError(f"{' and '.join(given)} have an effect with kind=lora alone; add it, or say charforgex lora resize.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a layer that was no plain LoRA. Norms are Frobenius'."""
+
+    kind: str
+    rank: int
+    norm: float
+    lost: float
+
+
+def convert(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the file anew, one layer at a time, and tells what became of it. Raises a CharForgeError."""
+    settings = bind(Settings, cfg, "")
+    if not settings.dry_run:
+        settings.check_out(settings.paths)
+    with opened_loras(settings) as opened, tempfile.TemporaryDirectory() as folder:
+        _check(opened, settings)
+        turned: dict[str, Row] = {}
+        get = opened.files[0].layer if settings.kind is None else _Plain(opened, settings, turned).layer
+        outputs = replace(settings, out=Path(folder) / "dry.safetensors") if settings.dry_run else settings
+        told = save(opened, outputs, get, opened.names, _metadata(opened, settings))
+        told |= {"out": None} if settings.dry_run else {}
+        told |= {"format_before": opened.format, "kinds_before": sorted(set(opened.files[0].kinds().values())),
+                 "converted": len(turned), **_error(turned), "dry_run": settings.dry_run}  # fmt: skip
+    _show(settings, told, turned)
+    return told
+
+
+def _metadata(opened: Opened, settings: Settings) -> dict[str, str]:
+    given = {name: getattr(settings, name) for name in ("format", "dtype", "kind", "rank", "error") if getattr(settings, name) is not None}
+    found = lineage(opened, "convert", given)
+    if settings.kind is not None:
+        found = {key: value for key, value in found.items() if key not in LYCORIS_KEYS} | {"ss_network_module": "networks.lora"}
+    return found
+
+
+def _check(opened: Opened, settings: Settings) -> None:
+    """Everything that can be known before a layer is read."""
+    from charforgex.lora import lycoris
+    from charforgex.lora.state import some
+    from charforgex.lora.writing import check_format
+
+    format, kinds = settings.format or opened.format, opened.files[0].kinds()
+    check_format(format, opened.base.names)
+    others = {name: kind for name, kind in kinds.items() if kind != "lora"}
+    doras = [name for name, kind in others.items() if kind == "dora"]
+    path = opened.paths[0]
+    if settings.kind is None:
+        try:
+            lycoris.check_kinds(kinds.values(), format)
+        except LoraError as error:
+            raise LoraError(f"{path}: {error} Or say kind=lora.") from error
+        return
+    if not others:
+        given = [f"{name}={value}" for name in ("rank", "error", "base_weights") if (value := getattr(settings, name)) is not None]
+        if given:
+            raise LoraError(f"{path} is plain LoRA already, so {' and '.join(given)} would have no effect; say charforgex lora resize.")
+    if settings.base_weights is not None and not doras and others:
+        raise LoraError(f"{path} holds no DoRA, so base_weights={settings.base_weights} has no effect.")
+    if doras and settings.base_weights is None:
+        raise LoraError(
+            f"{path}: {len(doras)} layers are DoRA, which changes a weight in proportion to it: {some(doras)}. "
+            "Say base_weights=<diffusers folder or .safetensors of the base that it was trained on>."
+        )
+    if doras and settings.rank is None and settings.error is None:
+        raise LoraError(f"{path}: what DoRA changes has as many directions as the weight; say rank=64 or error=0.1.")
+
+
+class _Plain:
+    """The file's layers, each as LoRA. `rows` has what became of those that were none, once they were asked for."""
+
+    def __init__(self, opened: Opened, settings: Settings, rows: dict[str, Row]):
+        from charforgex.lora import lowrank
+
+        self.opened, self.rows = opened, rows
+        limits: list[Keep] = [] if settings.rank is None else [lowrank.keep_rank(settings.rank)]
+        limits += [] if settings.error is None else [lowrank.keep_error(settings.error)]
+        self.keep: Keep | None = (lambda found: min(limit(found) for limit in limits)) if limits else None
+        self.weight = _weights(opened, settings.base_weights) if settings.base_weights is not None else None
+
+    def layer(self, name: str) -> LoraLayer | None:
+        from charforgex.lora.lowrank import layer_of
+
+        layer = self.opened.files[0].layer(name)
+        if layer is None or layer.kind == "lora":
+            return layer
+        shape = self.opened.base.shapes.get(name)
+        if shape is None or not layer.fits(shape):
+            raise LoraError(
+                f"{name} of {self.opened.paths[0]} changes a weight {layer.weight_shape}; that of {self.opened.base.name} is {shape}."
+            )
+        found = self._spectrum(name, layer, shape)
+        rank = found.numerical_rank() if self.keep is None else self.keep(found)
+        rank = max(1, min(rank, found.numerical_rank()))
+        if self.keep is None and rank * (shape[0] + math.prod(shape[1:])) >= math.prod(shape):
+            raise LoraError(
+                f"{name} of {self.opened.paths[0]} has {rank} directions, so that as LoRA it would be larger than the weight "
+                f"{shape} itself; say rank=64 or error=0.1 for the best of fewer."
+            )
+        whole = float(found.values.double().norm())
+        self.rows[name] = Row(layer.kind, rank, whole, found.error(rank) * whole)
+        return layer_of(found.truncated(rank))
+
+    def _spectrum(self, name: str, layer: Layer, shape: tuple[int, ...]) -> Spectrum:
+        from charforgex.lora import lowrank
+
+        if layer.kind == "loha" and layer.rank**2 < min(shape[0], math.prod(shape[1:])):
+            return lowrank.spectrum(lowrank.loha_product(layer, shape))
+        if layer.kind == "lokr":
+            return lowrank.lokr_spectrum(layer, shape)
+        if self.weight is None:
+            return lowrank.dense_spectrum(layer.delta().view(shape))
+        return lowrank.dense_spectrum(layer.change(self.weight(name)))
+
+
+def _weights(opened: Opened, source: str) -> Callable[[str], Tensor]:
+    """The base's own weights by our names. Raises ModelError."""
+    from charforgex.toolbox import checkpoints
+
+    found = checkpoints.find(source, opened.base)
+    lacking = [name for name, kind in opened.files[0].kinds().items() if kind == "dora" and name not in found.modules]
+    if lacking:
+        raise ModelError(f"base_weights={source} holds no {lacking[0]}, which the LoRA changes; give a base that has it.")
+
+    def weight(name: str) -> Tensor:
+        part, place = found.modules[name]
+        return part.read(place).float()
+
+    return weight
+
+
+def _error(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """What the conversion lost of what it converted, and the layer that lost most."""
+    if not rows:
+        return {"error": 0.0, "worst_layer": None, "worst_error": 0.0}
+    whole, lost = (math.hypot(*(getattr(row, what) for row in rows.values())) for what in ("norm", "lost"))
+    shares = {name: row.lost / row.norm if row.norm else 0.0 for name, row in rows.items()}
+    worst = max(shares, key=shares.__getitem__)
+    return {"error": lost / whole if whole else 0.0, "worst_layer": worst, "worst_error": shares[worst]}
+
+
+def _show(settings: Settings, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table: Table = Table("", "before", "after", title=f"convert {settings.the_path().name}")
+    table.add_row("format", told["format_before"], settings.format or told["format_before"])
+    table.add_row("kinds", ", ".join(told["kinds_before"]), "lora" if settings.kind else ", ".join(told["kinds_before"]))
+    table.add_row("layers", "", str(told["layers"]))
+    table.add_row("ranks", "", f"{told['ranks'][0]} to {told['ranks'][-1]}" if len(told["ranks"]) > 1 else str(told["ranks"][0]))
+    table.add_row("bytes", f"{told['bytes_before']:,}", f"{told['bytes']:,}")
+    if rows:
+        table.add_row("relative error", "", f"{told['error']:.3g}; most {told['worst_error']:.3g}, {told['worst_layer']}")
+    console = Console()
+    console.print(table)
+    console.print("nothing written (dry_run=true)" if settings.dry_run else told["out"])
