@@ -536,7 +536,7 @@ def clusters(
 
 def best(group: Sequence[int], findings: Sequence[Finding]) -> int:
     """Which of a group to keep: one with a face, which a copy that was turned may lack, then the most detail, then one with a caption,
-    then the sharpest and cleanest, the least compressed, the one that has lost least in black and white, has most contrast, the largest,
+    then the least compressed, the sharpest and cleanest, the one that has lost least in black and white, has most contrast, the largest,
     the first."""
     return min(group, key=lambda i: (_worth(findings[i]), i))
 
@@ -549,7 +549,7 @@ def _worth(finding: Finding) -> tuple[float, ...]:
     clean = scores.get("sharpness", 0.0) - scores.get("blocks", 0.0) / 10 - scores.get("noise", 0.0) / 50
     lost = round(scores.get("bright", 0.0) + scores.get("dark", 0.0), 2)  # what was brightened has less left in white
     contrast = round(scores.get("contrast", 0.0) / 8)
-    coded = round(scores.get("jpeg_quality", 100) / 10)  # other formats lose nothing, or do not say
+    coded = round(scores.get("jpeg_quality", 100) / 25)  # other formats lose nothing, or do not say
     return (
         not finding.faces,
         -round(math.log(used) * 5),
