@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras
+from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, progress
 
 if TYPE_CHECKING:
     from charforgex.lora.lowrank import Product
@@ -80,12 +80,12 @@ def prune(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def norm(layer: Layer) -> float:
+def norm(name: str, layer: Layer) -> float:
     """Frobenius, of what the layer adds. Raises LoraError for DoRA, which needs the base's weights for it."""
     from charforgex.lora.lowrank import product
 
     if layer.kind == "dora":
-        raise LoraError("a DoRA layer's norm depends on the base's weights; merge it into a base instead.")
+        raise LoraError(f"{name} is DoRA, and its norm depends on the base's weights. Bake it into a base: charforgex lora bake")
     return product(layer).norm() if layer.kind == "lora" else float(layer.delta().double().norm())
 
 
@@ -96,9 +96,9 @@ def without_layers(opened: Opened, settings: Settings):
 
     file = opened.files[0]
     norms, ranks = {}, {}
-    for name in opened.names:
+    for name in progress(opened.names, "norms"):
         if (layer := file.layer(name)) is not None:
-            norms[name], ranks[name] = norm(layer), layer.rank
+            norms[name], ranks[name] = norm(name, layer), layer.rank
     if settings.drop is not None:
         gone = set(chosen("drop", [settings.drop] if isinstance(settings.drop, str) else settings.drop, list(norms)))
     else:

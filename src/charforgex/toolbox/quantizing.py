@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from charforgex.config import bind
 from charforgex.errors import ConfigError, LoraError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, dtype_of, lineage, opened_loras
+from charforgex.toolbox.common import Inputs, Opened, Outputs, dtype_of, lineage, opened_loras, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def errors(opened_files: Opened, keys: list[str], kind: str) -> dict[str, Row]:
 
         after = LoraFile(before.shapes, before.metadata, opened_files.base.names, read)
         rows = {}
-        for name in opened_files.names:
+        for name in progress(opened_files.names, "quantising"):
             one, other = before.layer(name), after.layer(name)
             if one is not None:
                 rows[name] = Row(one.rank, one.rank, *_norms(one, other))

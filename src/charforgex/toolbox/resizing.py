@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from charforgex.binding import annotation, fit
 from charforgex.config import Range, bind
-from charforgex.errors import ConfigError, LoraError
+from charforgex.errors import ConfigError
 from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras
 
 if TYPE_CHECKING:
@@ -140,6 +140,4 @@ def budget(weights: Shrinking, most: float) -> dict[tuple[str, ...], int]:
         if left < 0:
             break
         kept[names] -= 1
-    if not any(kept.values()):
-        raise LoraError(f"total_error={most} leaves no direction at all; choose a smaller one.")
     return kept

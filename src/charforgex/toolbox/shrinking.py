@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from charforgex.errors import LoraError
 from charforgex.lora.lowrank import Product, layer_of, product, stacked
 from charforgex.lora.lycoris import kind_of
 from charforgex.lora.state import Layer, LoraLayer, some
-from charforgex.toolbox.common import Opened, Outputs, save
+from charforgex.toolbox.common import Opened, Outputs, progress, save
 
-QUIET = 2.0  # seconds before a progress bar is shown
 SHOWN = 5  # of the layers that lost most
 
 
@@ -103,7 +101,7 @@ class Shrinking:
 
     def weights(self) -> Iterator[Weight]:
         """One after the other, in the file's order. Layers that turn out to be unchanged are left out."""
-        for names in {tuple(names): None for names in self.modules.values()}:
+        for names in progress({tuple(names): None for names in self.modules.values()}, "weights"):
             yield from self._weights(names)
 
     def get(self, name: str) -> Layer | None:
@@ -140,10 +138,10 @@ def shrunk(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the file and tells what became of it. `rows` are filled by `get`. A dry run writes the file where it is soon forgotten."""
     path = opened.paths[0]
-    with _place(outputs) as place, progress(len(opened.names)) as step:
+    with _place(outputs) as place, closing(progress(opened.names, "layers")) as steps:
 
         def stepping(name: str) -> Layer | None:
-            step()
+            next(steps, None)
             return get(name)
 
         told = write(place) if write else save(opened, place, stepping, opened.names, metadata)
@@ -168,25 +166,6 @@ def _place(outputs: Outputs) -> Iterator[Outputs]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield replace(outputs, out=Path(folder) / "dry.safetensors")
-
-
-@contextmanager
-def progress(count: int) -> Iterator[Callable[[], None]]:
-    """To be called at every one of `count` steps; a bar appears if they take longer than a moment."""
-    from rich.progress import Progress
-
-    bar, started = Progress(transient=True), time.monotonic()
-    task = bar.add_task("", total=count)
-
-    def step() -> None:
-        bar.advance(task)
-        if not bar.live.is_started and time.monotonic() - started > QUIET:
-            bar.start()
-
-    try:
-        yield step
-    finally:
-        bar.stop()
 
 
 def show(title: str, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
