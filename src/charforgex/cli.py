@@ -32,9 +32,13 @@ TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value
     "resize": ("charforgex.toolbox.resizing:resize", "fewer directions: by rank, energy, ratio or error"),
     "prune": ("charforgex.toolbox.pruning:prune", "without layers, weak directions or small entries"),
     "quantize": ("charforgex.toolbox.quantizing:quantize", "factors in 8 or 4 bits"),
-    "distill": ("charforgex.training.distilling:distill", "several LoRAs into one, or high rank into low, by what the base predicts with them"),
-    "analyze": ("charforgex.toolbox.analyzing:analyze", "what it changes, where and how much; several: how far they get in each other's way"),
+    "distill": (
+        "charforgex.training.distilling:distill",
+        "several LoRAs into one, or high rank into low, by what the base predicts with them",
+    ),
+    "analyze": ("charforgex.toolbox.analyzing:analyze", "what it changes, where and how much; how far several get in each other's way"),
     "decompose": ("charforgex.toolbox.decomposing:decompose", "its directions by strength, and chosen ones alone as a LoRA"),
+    "words": ("charforgex.toolbox.directions:words", "which words it changes the meaning of, and sliders along such directions"),
 }
 
 
@@ -87,7 +91,8 @@ def with_files(arguments: Sequence[str]) -> list[str]:
 
     files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
     rest = [argument for argument in arguments if argument not in files]
-    place = next((i for i, argument in enumerate(rest) if "=" in argument and argument[:1] != "-"), len(rest))  # argparse wants them together
+    # beside the other settings: argparse takes none that stand alone behind a flag
+    place = next((i for i, argument in enumerate(rest) if "=" in argument and argument[:1] != "-"), len(rest))
     return rest[:place] + ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest[place:]
 
 

@@ -36,6 +36,8 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()  # text encoders that a base may lack
     original: ClassVar[Mapping[str, Sequence[Spelling]]]  # component -> its spellings in single files
     variants: ClassVar[tuple[str, ...]] = ("",)  # folders below `configs`, of the sizes that a single file may have
+    reads_text: ClassVar[tuple[str, ...]] = ()  # ends of the denoiser's modules whose input is what `encode_text` says, unmixed
+    kohya_has_our_names: ClassVar[bool] = False  # whether kohya's LoRA files have diffusers' names instead of the original network's
     lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
 
     @property
@@ -102,6 +104,10 @@ class Family(ABC):
     @abstractmethod
     def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
         """`encode_text` with gradients through the CLIP encoders, which are all of `parts` that it needs: what T5 says is in `cached`."""
+
+    def word_starts(self, parts: Components) -> Mapping[str, int]:
+        """By tokenizer, at which of the tokens of `encode_text` a text's first word stands. Encoders that lie side by side are one."""
+        return {"tokenizer": 1}  # CLIP marks the beginning
 
     @abstractmethod
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:

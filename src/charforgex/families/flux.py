@@ -52,6 +52,7 @@ class Flux(Family):
         "text_encoder": [Spelling(each(clip), ("text_encoders.clip_l.transformer.", ""), CLIP_BESIDES)],
         "text_encoder_2": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
     }
+    reads_text = ("context_embedder",)
     lora_labels: ClassVar = {
         "modelspec.architecture": "flux-1-dev/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
@@ -84,6 +85,9 @@ class Flux(Family):
     def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
         clip = parts["text_encoder"]
         return Text(cached.tokens_BLD, clip(token_ids(parts["tokenizer"], captions).to(clip.device)).pooler_output)
+
+    def word_starts(self, parts: Components) -> Mapping[str, int]:
+        return {"tokenizer_2": 0}
 
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
         return [seen(parts["tokenizer"], caption), seen(parts["tokenizer_2"], caption, self._length(parts))]

@@ -58,6 +58,7 @@ class Sd3(Family):
         "text_encoder_2": [Spelling(each(clip), ("text_encoders.clip_g.transformer.", ""))],
         "text_encoder_3": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
     }
+    reads_text = ("context_embedder",)
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-3/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",
@@ -118,6 +119,13 @@ class Sd3(Family):
     @staticmethod
     def _t5_length(parts: Components) -> int:
         return min(T5_TOKENS, parts["tokenizer_3"].model_max_length)
+
+    def word_starts(self, parts: Components) -> Mapping[str, int]:
+        clip = next((name for name in ("tokenizer", "tokenizer_2") if name.replace("tokenizer", "text_encoder") in parts), None)
+        starts = {clip: 1} if clip else {}
+        if "text_encoder_3" in parts:
+            starts["tokenizer_3"] = parts[clip].model_max_length if clip else CLIP_TOKENS
+        return starts
 
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
         found = [seen(parts[name], caption) for name in ("tokenizer", "tokenizer_2") if name in parts]

@@ -46,6 +46,7 @@ class Sdxl(Family):
         "text_encoder": [Spelling(each(clip), ("conditioner.embedders.0.transformer.", ""), CLIP_BESIDES)],
         "text_encoder_2": [Spelling(each(sgm.clip_g), ("conditioner.embedders.1.model.",)), Spelling(each(clip), ("",))],
     }
+    reads_text = ("attn2.to_k", "attn2.to_v")
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",

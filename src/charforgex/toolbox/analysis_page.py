@@ -108,7 +108,7 @@ def summary(analysis: Mapping[str, Any], page: Path, console: Console) -> None:
     table = Table(title=f"LoRAs for {analysis['base']}")
     shares = ["of the base"] if analysis["weights"] else []
     for head in ("file", "component", "layers", "norm", *shares, "effective, stable rank", "most energy in"):
-        table.add_column(head, justify="left" if head in ("file", "component", "most energy in") else "right")
+        table.add_column(head, justify="left" if head in ("file", "component", "most energy in") else "right", overflow="fold")
     for file in analysis["files"]:
         for component, row in file["component"].items():
             own = {name: found for name, found in file["block"].items() if name.startswith(f"{component}.")}
@@ -123,7 +123,7 @@ def summary(analysis: Mapping[str, Any], page: Path, console: Console) -> None:
     if analysis["pairs"]:
         table = Table(title="How they go together")
         for head in ("first", "second", "cosine", "of second in first", "of first in second", "by chance"):
-            table.add_column(head, justify="left" if head in ("first", "second") else "right")
+            table.add_column(head, justify="left" if head in ("first", "second") else "right", overflow="fold")
         for pair in analysis["pairs"]:
             inside = [_share(pair[key]["both"]) if key in pair else "" for key in ("second_in_first", "first_in_second")]
             chance = _share(pair["second_in_first"]["chance"]) if "second_in_first" in pair else ""

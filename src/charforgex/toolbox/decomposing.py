@@ -151,8 +151,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
     rows = result["directions"]
     table = Table(title=f"The strongest of {len(rows)} directions, for {result['base']}")
-    for head, justify in (("layer", "left"), ("index", "right"), ("singular value", "right"), ("energy", "right"), ("kept", "left")):
-        table.add_column(head, justify=justify)
+    for head, justify in (("layer", "left"), ("index", "right"), ("value", "right"), ("energy", "right"), ("kept", "left")):
+        table.add_column(head, justify=justify, overflow="fold")
     for row in rows[:SHOWN]:
         table.add_row(row["layer"], str(row["index"]), f"{row['value']:.4g}", f"{100 * row['share']:.2g} %", "yes" if row["kept"] else "")
     console.print(table)

@@ -1,0 +1,267 @@
+"""`charforgex lora words`: which words an adapter reacts to in another way than its base, and sliders along such a direction.
+
+Some layers read what the text encoders say as it is (`Family.reads_text`): SDXL's keys and values of text, and the context embedder of Flux
+and SD3. The right singular vectors of all their changes together are directions of the space of words, the strongest first: along them
+what is read is changed most. A direction is told by the words whose states, less the mean of all words, point its way.
+
+What other layers read has been mixed by the blocks before them, or is a picture's: its directions have no words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from charforgex.config import Range, bind
+from charforgex.errors import ConfigError, LoraError
+from charforgex.runs import write_json
+from charforgex.toolbox.analyzing import inputs_of
+from charforgex.toolbox.common import Dtype, Opened, Outputs, lineage, opened_loras, save
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.console import Console
+    from torch import Tensor
+
+    from charforgex.families.base import Family
+    from charforgex.lora.lowrank import Product, Spectrum
+    from charforgex.lora.state import LoraLayer
+    from charforgex.types import Components
+
+WORDS = Path(__file__).with_name("words.txt")
+PIECE = 4  # letters: a built-in word that a tokenizer breaks into shorter pieces is none that its encoder has learnt
+BATCH = 32
+NEAREST = 5  # words at either end of a direction
+DRAWN = 2000  # random directions, which chance is told by
+RISK = 0.05  # of taking any of the directions for a word's by chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsSettings:
+    """conf/lora_words.yaml."""
+
+    lora: str | list[str]
+    base: str | None = None
+    words: Path | None = None
+    layers: list[str] | None = None
+    count: Annotated[int, Range(at_least=1)] = 8
+    slider: int | list[int] | None = None
+    out: Path | None = None
+    format: str | None = None
+    dtype: Dtype | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def words(cfg: DictConfig) -> dict[str, Any]:
+    """Tells the directions, and writes a slider if `slider` and `out` are set. Returns what `<out>.json` says. Raises a CharForgeError."""
+    from rich.console import Console
+
+    from charforgex.families import registry
+
+    settings = bind(WordsSettings, cfg, "")
+    inputs, source = inputs_of(settings.lora, settings.base)
+    outputs = Outputs(
+        out=settings.out, format=settings.format, dtype=settings.dtype, overwrite=settings.overwrite, dry_run=settings.dry_run
+    )
+    path, sliding = inputs.the_path(), sorted({settings.slider} if isinstance(settings.slider, int) else set(settings.slider or ()))
+    if bool(sliding) != (settings.out is not None):
+        raise ConfigError("slider (which direction) and out (its file) go together: slider=0 out=slider.safetensors, or neither.")
+    if settings.out is not None:
+        outputs.check_out([path])
+    vocabulary = read_words(settings.words) if settings.words else read_words(WORDS)
+    with opened_loras(inputs) as opened:
+        if source is None and not opened.base.name.startswith("charworld"):
+            raise ConfigError(
+                f"What words mean is the base's to say; say base=<diffusers folder, checkpoint or hub id of {opened.base.name}>."
+            )
+        family = registry.get(opened.base.family)
+        names = text_layers(opened, family, settings.layers)
+        products = changes(opened, names)
+        found = joint(products)
+        if not len(found.values):
+            raise LoraError(f"{path}: the {len(names)} layers that read the text change nothing.")
+        if sliding and (sliding[0] < 0 or sliding[-1] >= len(found.values)):
+            raise ConfigError(f"slider={settings.slider}: there are directions 0 to {len(found.values) - 1}.")
+        states = encoded(opened, family, source or "charworld", vocabulary, settings.words is None, settings.device)
+        told = told_by_words(found, states, settings.count)
+        result = {"lora": str(path), "base": opened.base.name, "text_layers": names, **told}
+        if sliding and not settings.dry_run:
+            axes = found.right[sliding]
+            meta = lineage(opened, "words", {"slider": sliding, "layers": settings.layers})
+            result |= save(opened, outputs, lambda name: along(products[name], axes), names, meta)
+            write_json(f"{settings.out}.json", result)
+    show(result, Console())
+    return result
+
+
+# ---- the adapter ----
+
+
+def text_layers(opened: Opened, family: Family, patterns: Sequence[str] | None) -> list[str]:
+    """The first file's layers that read the text itself, of those that the patterns choose. Raises LoraError if there are none."""
+    from charforgex.lora.targets import chosen, fits
+
+    file = opened.files[0]
+    start = f"{family.denoiser_name}."
+    found = [name for name in opened.names if name.startswith(start) and any(fits(end, name) for end in family.reads_text)]
+    found = [name for name in found if (layer := file.layer(name)) is not None and not layer.is_zero]
+    if not found:
+        raise LoraError(
+            f"{opened.paths[0]}: none of its layers reads the text as the encoders give it. In {family.name} only "
+            f"{' and '.join(family.reads_text)} does, which this LoRA leaves alone; what the others read is mixed with what "
+            "the blocks before them made of it, and has no words."
+        )
+    return found if patterns is None else chosen("layers", patterns, found)
+
+
+def changes(opened: Opened, names: Sequence[str]) -> dict[str, Product]:
+    """The layers' changes as products. Raises LoraError for DoRA."""
+    from charforgex.lora.lowrank import Product, product
+    from charforgex.toolbox.decomposing import spectrum
+
+    found = {}
+    for name in names:
+        layer = opened.files[0].layer(name)
+        parts = spectrum(opened, name)  # refuses what is no sum of directions
+        found[name] = product(layer) if layer.kind == "lora" else Product(parts.left * parts.values, parts.right, parts.shape)
+    return found
+
+
+def joint(products: Mapping[str, Product]) -> Spectrum:
+    """Of all changes on top of each other, which share what they read: right (n, k) are its directions. Their left sides are not kept.
+
+    With U = Q R for each, the stack of the R V has the same right singular vectors and values, and few rows.
+    """
+    import torch
+
+    from charforgex.lora.lowrank import dense_spectrum
+
+    return dense_spectrum(torch.cat([torch.linalg.qr(found.up).R @ found.down for found in products.values()]))
+
+
+def along(found: Product, axes: Tensor) -> LoraLayer:
+    """What a layer does along directions (n, k) alone: its change times the projection on them, of rank n."""
+    from charforgex.lora.lowrank import Product, layer_of
+
+    return layer_of(Product(found.up @ (found.down @ axes.T), axes, found.shape))
+
+
+# ---- the words ----
+
+
+def read_words(path: Path) -> list[str]:
+    """One a line; lines that begin with # are none. Raises ConfigError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"words={path} cannot be read: {error}; it must be a text file with one word a line.") from error
+    found = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if len(found) < 2 * NEAREST:
+        raise ConfigError(f"words={path} has {len(found)} words; at least {2 * NEAREST} are needed to tell one from the others.")
+    return found
+
+
+def encoded(
+    opened: Opened, family: Family, source: str, vocabulary: Sequence[str], built_in: bool, device: str
+) -> dict[str, Tensor]:  # fmt: skip
+    """Each word's state (k,) by what it is called in the report; the trigger that the file names comes first.
+
+    The encoders are the base's own, also where the LoRA adapts them.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = family.load(source, only=("text",), dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    trigger = opened.files[0].metadata.get("charforgex.trigger")
+    listed = [word for word in vocabulary if not built_in or known(family, parts, word)]
+    return word_states(family, parts, list(dict.fromkeys([*([trigger] if trigger else []), *listed])))
+
+
+def known(family: Family, parts: Components, word: str) -> bool:
+    """Whether the tokenizers have this word, or long pieces of it."""
+    most = max(len(word) // PIECE, len(re.findall(r"\w+|\W", word)))
+    return all(count(parts[name], word) <= most for name in family.word_starts(parts))
+
+
+def count(tokenizer: Any, word: str) -> int:
+    return len(tokenizer(word, add_special_tokens=False).input_ids)
+
+
+def word_states(family: Family, parts: Components, vocabulary: Sequence[str]) -> dict[str, Tensor]:
+    """Each word alone as a caption: the mean of its own tokens' states, less the mean over all words. Of families whose encoders follow
+    each other, not side by side, a word has a state for each."""
+    import torch
+
+    starts = family.word_starts(parts)
+    found: dict[str, list[Tensor]] = {name: [] for name in starts}
+    for first in range(0, len(vocabulary), BATCH):
+        batch = vocabulary[first : first + BATCH]
+        tokens_BLD = family.encode_text(parts, batch).tokens_BLD.float().cpu()
+        for name, start in starts.items():
+            found[name] += [
+                states[start : start + count(parts[name], word)].mean(0) for word, states in zip(batch, tokens_BLD, strict=True)
+            ]
+    told = {}
+    for name, states in found.items():
+        suffix = "" if len(starts) == 1 else f" ({'T5' if 'T5' in type(parts[name]).__name__ else 'CLIP'})"
+        centred = torch.stack(states) - torch.stack(states).mean(0)
+        told |= {word + suffix: state for word, state in zip(vocabulary, centred, strict=True)}
+    return told
+
+
+def told_by_words(found: Spectrum, states: Mapping[str, Tensor], most: int) -> dict[str, Any]:
+    """The strongest directions by their nearest words, and how likely a direction at random is as near to any.
+
+    Random ones are mixtures of all words' states: such as no word is meant by, but in the space that words are in.
+    """
+    import torch
+
+    from charforgex.draws import torch_generator
+
+    names, matrix = list(states), torch.nn.functional.normalize(torch.stack(list(states.values())), dim=1)
+    drawn = torch.randn(DRAWN, len(names), generator=torch_generator("words", DRAWN)) @ matrix
+    by_chance = (torch.nn.functional.normalize(drawn, dim=1) @ matrix.T).abs().amax(1)
+    energy = float(found.values.double().square().sum())
+    shown = min(most, len(found.values))
+    rows = []
+    for index in range(shown):
+        cosines = matrix @ found.right[index].float()
+        if cosines[cosines.abs().argmax()] < 0:  # which end is which means nothing; the nearest word's comes first
+            cosines = -cosines
+        order = cosines.argsort(descending=True).tolist()
+        chance = (1 + int((by_chance >= cosines.max()).sum())) / (1 + DRAWN)
+        rows.append({
+            "index": index, "value": float(found.values[index]), "share": float(found.values[index]) ** 2 / energy,
+            "words": {names[i]: float(cosines[i]) for i in order[:NEAREST]},
+            "opposite": {names[i]: float(cosines[i]) for i in order[-NEAREST:][::-1] if cosines[i] < 0},
+            "chance": chance, "is_word": chance * shown < RISK,
+        })  # fmt: skip
+    return {"vocabulary": len(names), "count": len(found.values), "directions": rows, "usual": float(by_chance.median())}
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = result["directions"]
+    table = Table(title=f"The strongest of {result['count']} directions of the text, for {result['base']}")
+    for head, justify in (("", "right"), ("energy", "right"), ("words (cosine)", "left"), ("other end", "left"), ("by chance", "right")):
+        table.add_column(head, justify=justify, overflow="fold")
+    for row in rows:
+        ends = [", ".join(f"{escape(word)} {cosine:.2f}" for word, cosine in row[end].items()) for end in ("words", "opposite")]
+        style = None if row["is_word"] else "dim"
+        table.add_row(str(row["index"]), f"{100 * row['share']:.2g} %", *ends, f"{row['chance']:.2g}", style=style)
+    console.print(table)
+    sure = [str(row["index"]) for row in rows if row["is_word"]]
+    said = f"Nearer to a word than random directions are (those reach {result['usual']:.2f}): {', '.join(sure) or 'none'}."
+    console.print(said, soft_wrap=True, highlight=False)
+    if "out" in result:
+        console.print(
+            f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes", soft_wrap=True, highlight=False, markup=False
+        )
