@@ -21,7 +21,7 @@ def test_the_listing_is_what_the_networks_say(name):
 
 def file_of(base, format, pick, rank=2):
     """Key -> shape of a file in `format` with the modules of the base that `pick` chooses."""
-    ends = {"kohya": ("lora_down", "lora_up"), "comfyui": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B")}[format]
+    ends = ("lora_A", "lora_B") if format == "diffusers" else ("lora_down", "lora_up")
     shapes = {}
     for module, parts in base.names.table(format).items():
         found = [base.shapes.get(name) for name, _ in parts]
@@ -34,7 +34,8 @@ def file_of(base, format, pick, rank=2):
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize(
-    "name", ["sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "charworld_sdxl", "charworld_flux", "charworld_sd3"]
+    "name",
+    ["sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "sd15", "animatediff_v3", "charworld_sdxl", "charworld_flux", "charworld_sd3"],
 )
 def test_a_base_is_found_by_its_files(name, format):
     base = bases.get(name)
@@ -53,6 +54,11 @@ def test_what_fits_no_base_is_told():
         bases.base_of(shapes | {key: (2, 77)}, {})
     with pytest.raises(LoraError, match=r"1 of .* keys belong to no module of this sdxl model: lora_unet_stray"):
         bases.base_of(shapes | {"lora_unet_stray.lora_down.weight": (2, 77)}, {})
+    loha = {"lora_unet_mid_block_attentions_0_proj_in.hada_" + side: shape for side, shape in
+            {"w1_a": (1280, 2), "w1_b": (2, 1280), "w2_a": (1280, 2), "w2_b": (2, 1280)}.items()}  # fmt: skip
+    assert bases.base_of(loha, {}).name == "sdxl_base"
+    with pytest.raises(LoraError, match=r"1 layers do not fit flux_dev, such as .*proj_out: factors of a weight \(64, 77\) for one of \(64, 3072\)"):
+        bases.base_of({"transformer.proj_out.lokr_w1": (8, 7), "transformer.proj_out.lokr_w2": (8, 11)}, {}, "flux_dev")
     with pytest.raises(LoraError, match="nowhere is no base that is listed; there are sdxl_base"):
         bases.get("nowhere")
 

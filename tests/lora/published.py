@@ -232,8 +232,8 @@ LISTINGS = {  # who writes it -> (format, family, real config, listing, how many
     "sd-scripts, SDXL": ("kohya", "sdxl", None, _listed(_sdxl_attention(), *KOHYA), 70 * 8),
 }  # fmt: skip
 OTHERS = {  # LoRAs of base models that have names like ours
-    "Stable Diffusion 1": _listed(
-        {f"lora_unet_down_blocks_{i}_attentions_0_transformer_blocks_0_attn2_to_k": (320, 768) for i in range(3)}, *KOHYA
+    "Stable Diffusion 2": _listed(
+        {f"lora_unet_down_blocks_{i}_attentions_0_transformer_blocks_0_attn2_to_k": (320, 1024) for i in range(3)}, *KOHYA
     ),
     "HunyuanVideo": _listed({f"lora_unet_double_blocks_{i}_img_attn_qkv": (9216, 3072) for i in range(20)}, *KOHYA),
     "FLUX.2": _listed(

@@ -7,6 +7,7 @@ themselves, and a test holds it to them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,9 +16,10 @@ from typing import Any
 
 from charforgex.errors import LoraError
 from charforgex.families import registry
-from charforgex.lora import identify
-from charforgex.lora.formats import LoraFile, opened
+from charforgex.lora import identify, lycoris
+from charforgex.lora.formats import LoraFile, opened, shapes_of
 from charforgex.lora.names import Names, Spelling
+from charforgex.lora.state import shown
 
 LISTING = Path(__file__).with_name("bases.json")
 Shape = tuple[int, ...]
@@ -34,7 +36,7 @@ class Base:
 
     @cached_property
     def spelling(self) -> Spelling:
-        return registry.get(self.family)
+        return registry.spelling(self.family)
 
     @cached_property
     def names(self) -> Names:
@@ -67,18 +69,21 @@ def listed(config: Mapping[str, Any]) -> Mapping[str, Shape] | None:
     config = json.loads(json.dumps(dict(config), default=str))
     for name, row in _listing().items():
         if row["config"] == config:
-            start = registry.get(row["family"]).denoiser_name + "."
+            start = registry.spelling(row["family"]).denoiser_name + "."
             return {path.removeprefix(start): shape for path, shape in get(name).shapes.items() if path.startswith(start)}
     return None
 
 
-def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Base:
-    """The first listed base on which every key of a LoRA file is a module, and every shape fits. Raises LoraError."""
+def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], said: str | None = None) -> Base:
+    """The first listed base on which every key of a LoRA file is a module, and every shape fits; of those, the one that is `said`.
+
+    Raises LoraError.
+    """
     looks = identify.family_of(file_shapes) or metadata.get("charforgex.family")
     complaints: list[tuple[int, str]] = []
-    for name in names():
-        base = get(name)
-        if looks in (None, base.family):
+    for base in [get(said)] if said else map(get, names()):
+        name = base.name
+        if said or looks in (None, base.family):
             try:
                 misfits = list(_misfits(base, file_shapes, metadata))
             except LoraError as error:
@@ -87,8 +92,8 @@ def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
             if not misfits:
                 return base
             complaints.append((len(misfits), f"{len(misfits)} layers do not fit {name}, such as {misfits[0]}."))
-    family = f"It looks like a LoRA of {looks}. " if looks else ""
-    raise LoraError(f"{family}{min(complaints)[1] if complaints else f'No base of {looks} is listed.'}")
+    family = f"It looks like a LoRA of {shown(looks)}. " if looks else ""
+    raise LoraError(f"{family}{min(complaints)[1] if complaints else 'No base of it is listed.'}")
 
 
 def _misfits(base: Base, file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Iterator[str]:
@@ -96,12 +101,12 @@ def _misfits(base: Base, file_shapes: Mapping[str, Sequence[int]], metadata: Map
     file = LoraFile({key: tuple(shape) for key, shape in file_shapes.items()}, metadata, base.names, _unread)
     for module, sides in file.sides.items():
         parts = [base.shapes.get(name) for name, _ in file.parts[module]]
-        if "down" not in sides or None in parts:
+        if None in parts:
             continue
-        inner, outer = file.shapes[sides["down"]], file.shapes[sides["up"]]
         wanted = (sum(shape[0] for shape in parts), *parts[0][1:])
-        if (outer[0], *inner[1:]) != wanted:
-            yield f"{module}: {outer[0]} x {inner[1:]} for a weight of {wanted}"
+        found = lycoris.weight_shape({side: file.shapes[key] for side, key in sides.items()})
+        if found not in (wanted, (wanted[0], math.prod(wanted[1:]))):
+            yield f"{module}: factors of a weight {found} for one of {wanted}"
 
 
 def _unread(key: str) -> Any:
@@ -109,13 +114,12 @@ def _unread(key: str) -> Any:
     raise LoraError(f"{key} belongs to no module.")
 
 
-def base_of_file(path: str | Path) -> Base:
+def base_of_file(path: str | Path, said: str | None = None) -> Base:
     """`base_of` a file, of which no tensor is read."""
     with opened(Path(path)) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
+        shapes, metadata = shapes_of(file), dict(file.metadata() or {})
     try:
-        return base_of(shapes, metadata)
+        return base_of(shapes, metadata, said)
     except LoraError as error:
         raise LoraError(f"{path}: {error}") from error
 
@@ -126,6 +130,7 @@ def base_of_file(path: str | Path) -> Base:
 WRITTEN = {
     "sdxl_base": ("sdxl", "."), "flux_dev": ("flux", "dev"), "flux_schnell": ("flux", "schnell"), "sd35_medium": ("sd3", "35_medium"),
     "sd3_medium": ("sd3", "medium"), "sd35_large": ("sd3", "35_large"),
+    "sd15": ("sd15", "."), "animatediff_v3": ("animatediff", "v3"), "animatediff_v2": ("animatediff", "v2"),
     "charworld_sdxl": ("sdxl", None), "charworld_flux": ("flux", None), "charworld_sd3": ("sd3", None),
 }  # fmt: skip
 
@@ -136,7 +141,7 @@ def measured(name: str) -> dict[str, Any]:
     from charforgex.lora.inject import canonical
 
     family_name, folder = WRITTEN[name]
-    family = registry.get(family_name)
+    family = registry.spelling(family_name)
     configs = family.configs if folder is not None else Path(__file__).parents[1] / "charworld/assets" / family_name
     modules: dict[str, list[str]] = {}
     for component in (family.denoiser_name, *(n for n in family.components["text"] if n.startswith("text_encoder"))):

@@ -57,10 +57,10 @@ def measure_adaptable(family: Family, name: str, config: Mapping[str, Any]) -> M
 def _measured(family_name: str, name: str, config: str) -> Mapping[str, tuple[int, ...]]:
     import torch
 
-    from charforgex.families.registry import get
+    from charforgex.families.registry import spelling
 
     with torch.device("meta"):
-        network = build(get(family_name), name, json.loads(config))
+        network = build(spelling(family_name), name, json.loads(config))
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return {path: tuple(module.weight.shape) for path, module in network.named_modules() if isinstance(module, kinds)}
 

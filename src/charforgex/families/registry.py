@@ -10,12 +10,17 @@ from charforgex.errors import ConfigError
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family
+    from charforgex.lora.names import Spelling
 
 FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl", "flux": "charforgex.families.flux:Flux", "sd3": "charforgex.families.sd3:Sd3"}
+
+SPELLED = {"sd15": "charforgex.families.spelled:Sd15", "animatediff": "charforgex.families.spelled:AnimateDiff"}  # their LoRA files alone
 
 
 def check(name: str) -> None:
     """Raises ConfigError for a name that is none."""
+    if name in SPELLED:
+        raise ConfigError(f"family.name={name}: its LoRA files are understood, and no base of it is run; there are {', '.join(FAMILIES)}.")
     if name not in FAMILIES:
         near = get_close_matches(str(name), FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FAMILIES)}."
@@ -26,4 +31,10 @@ def get(name: str) -> Family:
     """The family of that name. Raises ConfigError for any other name."""
     check(name)
     module, _, cls = FAMILIES[name].partition(":")
+    return getattr(import_module(module), cls)()
+
+
+def spelling(name: str) -> Spelling:
+    """What a family tells about its LoRA files, also of those that nothing else is known of."""
+    module, _, cls = (FAMILIES | SPELLED)[name].partition(":")
     return getattr(import_module(module), cls)()

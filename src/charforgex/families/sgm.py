@@ -60,7 +60,7 @@ def unet(name: str, config: Mapping) -> Original:
     if kind == "downsamplers":
         return Original(f"input_blocks.{(block + 1) * per_block}.0.{rest.replace('conv.', 'op.')}")
     if kind == "upsamplers":
-        attends = config["up_block_types"][block] == "CrossAttnUpBlock2D"
+        attends = config["up_block_types"][block].startswith("CrossAttn")
         return Original(f"output_blocks.{(block + 1) * per_block - 1}.{1 + attends}.{rest}")
     number = block * per_block + i + (side == "down")
     return Original(f"{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}.{_inner(kind, rest)}")

@@ -5,6 +5,7 @@ kohya        `lora_unet_<original path with _>.lora_down.weight`, `.lora_up.weig
 comfyui      `diffusion_model.<original path>.lora_down.weight`, ...: ComfyUI's own names
 ai-toolkit   as diffusers without the header: alpha is the rank, so the strength goes into lora_B
 xlabs        `double_blocks.0.processor.qkv_lora1.down.weight`, ...: attention of Flux alone, alpha is the rank
+animatediff  `<motion module>.attention_blocks.0.processor.to_q_lora.down.weight`, ...: its motion modules' attention, alpha is the rank
 
 Every key of a file is accounted for: what is left over is a LoraError that names it. Only safetensors are read, never pickles.
 """
@@ -49,7 +50,8 @@ FORMATS = {  # of every family and layer
     "kohya": Format(".lora_down.weight", ".lora_up.weight", ".alpha"),
     "comfyui": Format(".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
-WRITTEN = FORMATS | {"ai-toolkit": Format(".lora_A.weight", ".lora_B.weight"), "xlabs": Format(".down.weight", ".up.weight")}
+WRITTEN = FORMATS | {"ai-toolkit": Format(".lora_A.weight", ".lora_B.weight")}
+WRITTEN |= dict.fromkeys(("xlabs", "animatediff"), Format(".down.weight", ".up.weight"))
 SIDES = {  # how the keys end that are read, whatever the names; of two that fit, the first
     ".lora_A.weight": "down", ".lora_A.default.weight": "down", ".lora_down.weight": "down",
     ".lora_B.weight": "up", ".lora_B.default.weight": "up", ".lora_up.weight": "up",

@@ -11,6 +11,7 @@ from charforgex.lora.state import some
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".down.weight")
 LYCORIS = (".hada_w1_b", ".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a")
 FLAT = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
+TEXT_IN = r"_attn2_(processor_)?to_[kv]_"
 SDXL_TEXT, OTHER_UNETS_TEXT = 2048, (768, 1024)  # width of what the UNet's second attentions read: SDXL; Stable Diffusion 1 and 2
 FLUX_BLOCKS = {"double": 19, "single": 38}  # HunyuanVideo has names of Flux and 20 and 40 blocks
 FLUX_WIDTH, SD3_WIDTHS = 3072, (1536, 2432)  # of Flux; of SD3 and SD3.5 medium, and of SD3.5 large
@@ -25,6 +26,8 @@ def identify(keys: Iterable[str]) -> str:
     adapted = [key for key in keys if key.endswith((*DOWN, *LYCORIS))]
     if any(re.search(r"(double|single)_blocks\.\d+\.processor\.", key) for key in adapted):
         return "xlabs"
+    if any(".temporal_transformer." in key and "_lora." in key for key in adapted):
+        return "animatediff"
     if any(key.startswith(FLAT) for key in adapted):
         return "kohya"
     if any(key.startswith(("diffusion_model.", "text_encoders.")) for key in adapted):
@@ -60,7 +63,7 @@ def unreadable(keys: Iterable[str]) -> str:
 
 
 def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The family whose LoRA has these keys and shapes: "sdxl", "flux" or "sd3", and None where that is not certain."""
+    """The family whose LoRA has these keys and shapes: sdxl, flux, sd3, sd15 or animatediff, and None where that is not certain."""
     names = {re.sub(r"[._]", "_", key): shape for key, shape in shapes.items()}  # kohya's names and dotted ones alike
     if any("joint_blocks_" in name for name in names):
         return "sd3"
@@ -74,7 +77,9 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
             return "sd3"
         return "flux" if widths == {FLUX_WIDTH} and _is_flux(names) else None
     if _is_unet(names):
-        return "sdxl" if _is_sdxl(names) else None
+        if any("_motion_modules_" in name for name in names):
+            return "animatediff"
+        return "sdxl" if _is_sdxl(names) else "sd15" if _widths(names, TEXT_IN) == {OTHER_UNETS_TEXT[0]} else None
     return None
 
 
@@ -102,7 +107,7 @@ def _is_unet(names: Mapping[str, Sequence[int]]) -> bool:
 
 def _is_sdxl(names: Mapping[str, Sequence[int]]) -> bool:
     """Stable Diffusion 1 and 2 have UNets of the same names, but one transformer block everywhere, narrower text, and one encoder."""
-    widths = _widths(names, r"_attn2_to_[kv]_")
+    widths = _widths(names, TEXT_IN)
     if widths & {*OTHER_UNETS_TEXT}:
         return False
     second_encoder = any(name.startswith(("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_")) for name in names)

@@ -56,6 +56,15 @@ def kind_of(sides: Collection[str]) -> str:
     return KINDS[prefix].kind if prefix else "dora" if {"dora_scale", "magnitude"} & set(sides) else "lora"
 
 
+def weight_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    """Of the weight that factors of these shapes change; (out, in * kh * kw) for LoHa and LoKr; () if they are no factors of one."""
+    try:
+        with torch.device("meta"):
+            return layer_of({side: torch.empty(tuple(shape)) for side, shape in shapes.items() if side != "alpha"}, None).weight_shape
+    except (LoraError, RuntimeError):  # torch's: of sizes that do not go together, or larger than it can count
+        return ()
+
+
 def layer_of(sides: Mapping[str, Tensor], alpha: float | None) -> Layer:
     """The layer of a name in a file. `alpha` None means the rank. Raises LoraError for factors that make none.
 

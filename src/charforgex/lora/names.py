@@ -44,6 +44,7 @@ class Spelling(Protocol):
     name: str
     denoiser_name: str
     components: Mapping[str, Mapping[str, str]]
+    kohya_has_our_names: bool
 
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]: ...
 
@@ -54,7 +55,7 @@ class Names:
     """Every module that can be adapted, of one family at one size, and the tables of its spellings."""
 
     def __init__(self, family: Spelling, denoiser_config: Mapping[str, Any]):
-        self.family = family.name
+        self.family, self.kohya_has_our_names = family.name, family.kohya_has_our_names
         self.kinds = {family.denoiser_name: "denoiser", **_text_encoders(family)}
         self.modules = {family.denoiser_name: dict(family.lora_names(denoiser_config))}
         self.modules |= {component: _text_modules(kind) for component, kind in self.kinds.items() if kind != "denoiser"}
@@ -67,6 +68,8 @@ class Names:
         """The names that `format` is written with."""
         if format in self.dialects:
             return self.dialects[format]
+        if format == "kohya" and self.kohya_has_our_names:
+            return self._own(lambda component, kind, path: [f"{'lora_te' if self._is_only_encoder(kind) else KOHYA[kind]}_{_flat(path)}"])
         if format == "kohya":
             return self._original(lambda kind, path: f"{KOHYA[kind]}_{_flat(path)}")
         if format == "comfyui":
@@ -85,12 +88,27 @@ class Names:
         tables += [
             self._original(lambda kind, path: f"base_model.model.{path}", "denoiser"),
             self._original(lambda kind, path: path, "denoiser"),
+            self._original(lambda kind, path: f"{KOHYA[kind]}_{_flat(path)}"),
         ]
+        if "unet" in self.modules:  # diffusers before its version 0.22, AnimateDiff and MotionDirector: attention processors with LoRA
+            tables += [self._own(self._processors)]
+            tables += [self._original(lambda kind, path, i=i: _processors(path)[i], "denoiser") for i in (0, 1, -1)]
         merged: Table = {}
         for table in tables:
-            clash = [name for name, parts in table.items() if merged.setdefault(name, parts) != parts]
-            assert not clash, f"names that stand for two things: {clash}"
+            clash = [name for name, parts in table.items() if _meant(merged.setdefault(name, parts)) != _meant(parts)]
+            assert not clash, f"names that stand for two things: {clash[:9]}"
         return merged
+
+    def _is_only_encoder(self, kind: str) -> bool:
+        return kind != "denoiser" and len(self.kinds) == 2
+
+    @staticmethod
+    def _processors(component: str, kind: str, path: str) -> list[str]:
+        if kind == "denoiser":
+            return [start + name for name in _processors(path) for start in ("", f"{component}.")]
+        inside, _, last = path.rpartition(".")
+        named = f"{inside}.to_{last.removesuffix('_proj')}_lora"
+        return [f"{component}.{name}" for name in {named, named.removeprefix(TEXT_PREFIX)}] if inside.endswith("self_attn") else []
 
     @staticmethod
     def _also(component: str, kind: str, path: str) -> list[str]:
@@ -131,6 +149,19 @@ def _table(places: Iterable[tuple[str, Place]]) -> Table:
     for ours, place in places:
         joined.setdefault(place.path, []).append((ours, place))
     return {path: tuple(sorted(parts, key=lambda part: part[1].rows or (0, 0))) for path, parts in joined.items()}
+
+
+def _meant(parts: Parts) -> list[tuple]:
+    return [(name, place.rows, place.swapped) for name, place in parts]
+
+
+def _processors(path: str) -> list[str]:
+    """As attention processors and modules were called that held LoRAs: ...attn1.to_out.0 is ...attn1.processor.to_out_lora."""
+    head, _, last = path.rpartition(".")
+    names = [f"{head}.processor.{last}_lora", f"{path}_lora"]
+    if path.endswith(".to_out.0"):
+        names.append(f"{path.removesuffix('.to_out.0')}.processor.to_out_lora")
+    return names
 
 
 def _flat(path: str) -> str:

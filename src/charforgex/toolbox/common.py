@@ -98,7 +98,7 @@ def opened_loras(inputs: Inputs) -> Iterator[Opened]:
     from charforgex.lora.formats import open_lora
 
     paths = inputs.paths
-    found = [bases.get(inputs.base) if inputs.base else bases.base_of_file(path) for path in paths]
+    found = [bases.base_of_file(path, inputs.base) for path in paths]
     families = {base.family for base in found}
     if len(families) > 1:
         said = ", ".join(f"{path.name} for {base.family}" for path, base in zip(paths, found, strict=True))
