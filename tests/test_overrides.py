@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
+from charforgex.errors import ConfigError
 from charforgex.overrides import as_overrides, quote_texts
 
 TEXTS = [
@@ -58,6 +59,17 @@ def test_values_of_every_kind():
         "experiment=charworld",
         "resume=runs/2026-01-01_x",
     ]
+
+
+def test_names_of_ones_own():
+    """A node that is {} in its yaml takes any names, also those that dots would divide."""
+    from charforgex.config import compose
+
+    for repeats in ({"portraits": 2, "b": 1}, {"a.b*": 2, "re:.*[0-3]\\.(x|y), z": 1}):
+        found = compose("train", as_overrides({"data": {"repeats": repeats, "trigger": "x"}})).data
+        assert dict(found.repeats) == repeats and found.trigger == "x"
+    with pytest.raises(ConfigError, match=r"data.sourc is unknown; did you mean data.source\?"):
+        compose("train", as_overrides({"data": {"sourc": "x"}}))
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text.strip() == text and text and text != "null" and not text.startswith("[")])

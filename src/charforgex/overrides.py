@@ -8,18 +8,19 @@ from typing import Any
 
 TEXTS = ("prompt", "negative", "trigger")  # settings, by the last part of their name, that hold a sentence
 PLAIN = re.compile(r"[A-Za-z0-9_./~@%+-]*[A-Za-z_/][A-Za-z0-9_./~@%+-]*")
+NAME = re.compile(r"[A-Za-z_]\w*")  # others, such as patterns, cannot be spelled with dots: their mapping is one value
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")
 
 
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """`{"steps": 200, "lora": {"rank": 8}, "prompt": "a, b"}` as `steps=200`, `lora.rank=8`, `prompt='a, b'`."""
+    """`{"steps": 200, "lora": {"rank": 8}, "prompt": "a, b"}` as `steps=200`, `++lora.rank=8`, `prompt='a, b'`."""
     return [override for key, value in settings.items() for override in _override(key, value)]
 
 
 def _override(key: str, value: Any) -> Iterable[str]:
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and value and all(NAME.fullmatch(str(name)) for name in value):
         for name, item in value.items():
-            yield from _override(f"{key}.{name}", item)
+            yield from _override(f"++{key.removeprefix('++')}.{name}", item)  # ++: a node that takes any names has none of them yet
     else:
         yield f"{key}={written(value)}"
 
@@ -35,9 +36,14 @@ def written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{quoted(str(key))}:{written(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{_key(str(key))}:{written(item)}" for key, item in value.items()) + "}"
     text = str(value)
     return text if PLAIN.fullmatch(text) and text.lower() not in WORDS and not _is_number(text) else quoted(text)
+
+
+def _key(name: str) -> str:
+    """A mapping's name: Hydra takes none in quotes, and what has a meaning for it behind a backslash."""
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", name)
 
 
 def _is_number(text: str) -> bool:

@@ -10,7 +10,7 @@ from charforgex.lora.writing import write_layers
 
 @pytest.fixture
 def make(tmp_path):
-    """make(name, base, choose, ...): a LoRA file on the layers that `choose` picks, with random factors; returns its path and the adapter."""
+    """make(name, ...): a LoRA file on the layers that `choose` picks, with random factors; returns its path and the adapter."""
 
     def make(name, base="charworld_sdxl", choose=lambda name: ".attn" in name, rank=4, alpha=None, format="diffusers", seed=0, dtype=None):
         found, generator = bases.get(base), torch.Generator().manual_seed(seed)

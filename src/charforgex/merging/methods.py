@@ -132,17 +132,22 @@ def orthogonal(
 
 
 def _freed(change: Product, others: Sequence[Product], remove: str) -> Product:
-    exact = [Product(one.up.double(), one.down.double(), one.shape) for one in (change, *others)]
-    change, found = exact[0], lowrank.spectrum(lowrank.stacked([other.scaled(1 / (other.norm() or 1.0)) for other in exact[1:]]))
-    rank = found.numerical_rank()
-    left, right = found.left[:, :rank], found.right[:rank]
-    up, down = change.up, change.down
+    found = [lowrank.spectrum(Product(other.up.double(), other.down.double(), other.shape)) for other in others]
+    ranks = [one.numerical_rank() for one in found]
+    left = _basis(torch.cat([one.left[:, :rank] for one, rank in zip(found, ranks, strict=True)], dim=1).T).T
+    right = _basis(torch.cat([one.right[:rank] for one, rank in zip(found, ranks, strict=True)]))
+    up, down = change.up.double(), change.down.double()
     outputs, inputs = left @ (left.T @ up), (down @ right.T) @ right  # the parts in the others' spaces
     if remove == "both":
-        return lowrank.stacked([change, Product(-outputs, inputs, change.shape)])
-    return Product(
-        up - outputs if remove in ("outputs", "either") else up, down - inputs if remove in ("inputs", "either") else down, change.shape
-    )
+        return lowrank.stacked([Product(up, down, change.shape), Product(-outputs, inputs, change.shape)])
+    up = up - outputs if remove in ("outputs", "either") else up
+    return Product(up, down - inputs if remove in ("inputs", "either") else down, change.shape)
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """Orthonormal rows of the space that unit rows span."""
+    _, values, found = torch.linalg.svd(rows, full_matrices=False)
+    return found[values > lowrank.EXACT]
 
 
 # ---- on dense matrices ----

@@ -51,8 +51,11 @@ def overall_error(rows: Iterable[Row]) -> float:
     return math.sqrt(sum(row.lost**2 for row in rows) / total) if (total := sum(row.norm**2 for row in rows)) else 0.0
 
 
-def by_block(weights: Mapping[str, Sequence[float]], rows: Mapping[str, Row], order: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each block, in the order of depth: its layers, each file's weights, ranks, and what was cut. `weights` has all layers."""
+def by_block(weights: Mapping[str, Sequence[float | None]], rows: Mapping[str, Row], order: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each block, in the order of depth: its layers, each file's weights, ranks, and what was cut.
+
+    `weights` has all layers, and None where a file has not.
+    """
     found: dict[str, list[str]] = {block: [] for block in order}
     for name in weights:
         found[block_of(name)].append(name)
@@ -63,7 +66,7 @@ def by_block(weights: Mapping[str, Sequence[float]], rows: Mapping[str, Row], or
         told.append({
             "block": block,
             "layers": len(made),
-            "weights": [_ends(weights[name][index] for name in names) for index in files],
+            "weights": [_ends(weights[name][index] for name in names if weights[name][index] is not None) for index in files],
             "ranks_before": [_ends(row.ranks[index] for row in made if row.ranks[index] is not None) for index in files],
             "ranks": _ends(row.rank for row in made),
             "norm": math.sqrt(sum(row.norm**2 for row in made)),
@@ -86,17 +89,21 @@ def _said(ends: Sequence[float]) -> str:
 
 def show(console: Console, result: Mapping[str, Any], files: Sequence[str], share: Callable[[float], str] = "{:.2%}".format) -> None:
     """The table, in which a file's column has its weights, and a line for the file."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{result['method']} of {', '.join(files)}", title_justify="left")
-    table.add_column("block", no_wrap=True)
-    for heading in ("layers", *files, "ranks", "rank", "norm", "cut"):
-        table.add_column(heading, justify="right")
+    components = {row["block"].partition(".")[0] for row in result["blocks"]}
+    within = f", {components.pop()}" if len(components) == 1 else ""
+    table = Table(
+        title=f"{result['method']} of {', '.join(files)}{within}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("block", overflow="fold")
+    for heading in ("layers", *files, "ranks", "norm", "cut"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result["blocks"]:
-        before = " + ".join(_said(ends) or "none" for ends in row["ranks_before"])
-        error = share(row["error"]) if row["error"] else "0"
-        numbers = [*(_said(ends) for ends in row["weights"]), before if row["layers"] else "", _said(row["ranks"]), f"{row['norm']:.3g}"]
-        table.add_row(row["block"], str(row["layers"]), *numbers, error)
+        ranks = f"{' + '.join(_said(ends) or 'none' for ends in row['ranks_before'])} -> {_said(row['ranks'])}" if row["layers"] else ""
+        cells = [str(row["layers"]), *(_said(ends) for ends in row["weights"]), ranks, f"{row['norm']:.3g}"]
+        table.add_row(row["block"].partition(".")[2] if within else row["block"], *cells, share(row["error"]) if row["error"] else "0")
     console.print(table)
     for word, source in result["presets"].items():
         console.print(f"{word}: {source}.", soft_wrap=True)

@@ -90,7 +90,7 @@ def _merged(
         for file, path, told in zip(opened.files, opened.paths, chosen, strict=True)
     ]
     merger = Merger(method, size, lambda index, name: opened.files[index].layer(name), weights, factors, names=opened.names)
-    told = {name: merger.of(name) for name in opened.names}
+    told = {name: [w if name in own else None for w, own in zip(merger.of(name), factors, strict=True)] for name in opened.names}
     if not any(any(row) for row in told.values()):
         raise ConfigError("blocks, block_weights and gradient leave nothing: every weight is 0.")
     words = [word for wanted, table, _ in chosen for word in (*(wanted or ()), *table)]
@@ -99,6 +99,8 @@ def _merged(
         def get(name: str) -> Any:
             layer = merger.layer(name)
             bar.step()
+            if bar.done == bar.total and not merger.rows:
+                raise LoraError("The files cancel each other: nothing is left to be written.")
             return layer
 
         made = {"out": None, "format": outputs.format or opened.format, "base": base.name}
@@ -108,8 +110,6 @@ def _merged(
         else:
             outputs.out.parent.mkdir(parents=True, exist_ok=True)
             made = save(opened, outputs, get, list(told), lineage(opened, f"merge {method.name}", shaping))
-    if not merger.rows:
-        raise LoraError("The files cancel each other: nothing is left to be written.")
     rows = merger.rows
     numbers = sum(row.numbers for row in rows.values())
     dry = {"bytes": round(AROUND * numbers * dtype_of(opened, outputs.dtype).itemsize)}
