@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from charforgex.cli import with_files
 from charforgex.config import compose
 from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate)(?:\.py)?((?: [^\n`#]*)?)")
+COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate|merge|lora \w+)(?:\.py)?((?: [^\n`#]*)?)")
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """(page, command, arguments) of every train.py and generate.py line in the documents."""
+    """(page, command, arguments) of every line in the documents that runs one of ours; `charforgex lora resize ...` is "lora_resize"."""
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             for command, arguments in COMMAND.findall(line):
-                found.append((page.name, command, arguments.split("  #")[0].strip()))
+                found.append((page.name, command.replace(" ", "_"), arguments.split("  #")[0].strip()))
     return found
 
 
@@ -32,7 +33,7 @@ def words(arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "command", "arguments"), commands())
 def test_every_command_is_one_that_exists(page, command, arguments):
-    overrides = [word for word in words(arguments.rstrip(").,;")) if "=" in word]
+    overrides = [word for word in with_files(words(arguments.rstrip(").,;"))) if "=" in word]
     sweep = any("," in word.partition("=")[2] and "[" not in word and " " not in word for word in overrides)
     if sweep:  # python train.py -m lora.rank=4,8,16: each value alone
         overrides = [word.split(",")[0] for word in overrides]

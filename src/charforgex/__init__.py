@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["curate", "generate", "merge", "train"]
+__all__ = ["curate", "generate", "lora_tool", "merge", "train"]
 
 
 def curate(**settings: Any) -> dict[str, Any]:
@@ -33,6 +33,17 @@ def generate(**settings: Any) -> dict[str, Any]:
 def merge(**settings: Any) -> dict[str, Any]:
     """What `python merge.py name=value ...` does. Returns what was made, see charforgex.merging.run; raises a CharForgeError."""
     return _run("merge", "charforgex.merging.run:merge", settings)
+
+
+def lora_tool(tool: str, **settings: Any) -> dict[str, Any]:
+    """What `charforgex lora <tool> name=value ...` does, files as `lora=`. Returns what the tool found out or made; raises a CharForgeError."""
+    from charforgex.binding import not_among
+    from charforgex.cli import TOOLS
+    from charforgex.errors import ConfigError
+
+    if tool not in TOOLS:
+        raise ConfigError(not_among(f"the tool {tool}", tool, list(TOOLS)))
+    return _run(f"lora_{tool}", TOOLS[tool][0], settings)
 
 
 def _run(command: str, entry: str, settings: dict[str, Any]) -> dict[str, Any]:
