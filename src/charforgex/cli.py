@@ -29,6 +29,7 @@ TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value
     "bake": ("charforgex.toolbox.baking:bake", "into a base model for good: a diffusers folder or a single file"),
     "inspect": ("charforgex.toolbox.inspecting:inspect", "what a file is, says of itself, and what is wrong with it"),
     "convert": ("charforgex.toolbox.converting:convert", "another format or dtype; DoRA, LoHa and LoKr as LoRA"),
+    "extract": ("charforgex.toolbox.extracting:extract", "what a checkpoint has learnt beyond its base, as a LoRA"),
     "resize": ("charforgex.toolbox.resizing:resize", "fewer directions: by rank, energy, ratio or error"),
     "prune": ("charforgex.toolbox.pruning:prune", "without layers, weak directions or small entries"),
     "quantize": ("charforgex.toolbox.quantizing:quantize", "factors in 8 or 4 bits"),

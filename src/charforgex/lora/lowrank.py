@@ -20,6 +20,9 @@ from charforgex.errors import LoraError
 from charforgex.lora.state import Layer, LohaLayer, LokrLayer, LoraLayer
 
 EXACT = 1e-6  # singular values below this share of the largest are rounding
+SETTLED = 1e-3  # by which share of the best error that of leading directions may be larger
+SPARE, BLOCKS = 8, 8  # of `leading_spectrum`: directions besides those that are wanted, and how often that many are added
+FLOAT32 = 1e-10  # share of the energy below which float32 products tell nothing
 
 
 class Product(NamedTuple):
@@ -45,12 +48,16 @@ class Product(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """U diag(S) V of a product: orthonormal columns (out, r), values (r,) descending, orthonormal rows (r, k)."""
+    """U diag(S) V of a product: orthonormal columns (out, r), values (r,) descending, orthonormal rows (r, k).
+
+    `rest` is the energy, the sum of the squared singular values, of directions that were not computed.
+    """
 
     left: Tensor
     values: Tensor
     right: Tensor
     shape: tuple[int, ...]
+    rest: float = 0.0
 
     def truncated(self, rank: int) -> Product:
         """The best product of that rank (Eckart & Young 1936), its strength shared evenly by both factors. `rank` 0 is one of zeros."""
@@ -63,8 +70,8 @@ class Spectrum(NamedTuple):
     def error(self, rank: int) -> float:
         """What `truncated(rank)` lacks, as a share of the whole in the Frobenius norm, 0 to 1."""
         energy = self.values.double().square()
-        total = float(energy.sum())
-        return math.sqrt(float(energy[rank:].sum()) / total) if total else 0.0
+        total = float(energy.sum()) + self.rest
+        return math.sqrt((float(energy[rank:].sum()) + self.rest) / total) if total else 0.0
 
     def numerical_rank(self) -> int:
         return int((self.values > EXACT * self.values[0]).sum()) if len(self.values) else 0
@@ -156,6 +163,44 @@ def lokr_spectrum(layer: LokrLayer, shape: tuple[int, ...]) -> Spectrum:
     return Spectrum(left * sign, values[kept] * abs(layer.scale), right, shape)
 
 
+def leading_spectrum(change: Tensor, rank: int, generator: torch.Generator) -> Spectrum | None:
+    """The `rank` largest directions of a dense change (out, in[, kh, kw]), many times as fast as all of them; None if they do not settle.
+
+    Randomised block Krylov iteration (Musco & Musco 2015), which unlike power iterations also does well on flat spectra. It ends when the
+    energy that is found grows so slowly, by the geometric series of its last gains, that the error of `truncated(rank)` is within
+    `SETTLED` of the least there is, or 1e-5. `rank` must be far smaller than both sides.
+    """
+    shape, matrix = tuple(change.shape), change.flatten(1).float()
+    tall = matrix.shape[0] >= matrix.shape[1]
+    matrix = matrix if tall else matrix.T
+    total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    start = torch.randn(matrix.shape[0], rank + SPARE, generator=generator)
+    basis = torch.linalg.qr(matrix.T @ start)[0]
+    images, gains = matrix @ basis, []
+    held = 0.0
+    for _ in range(BLOCKS):
+        squares, vectors = torch.linalg.eigh(images.T.double() @ images.double())
+        gains.append(float(squares[-rank:].sum()) - held)
+        held += gains[-1]
+        if len(gains) > 1:
+            ratio = min(max(gains[-1] / gains[-2], 0.0), 0.95) if gains[-2] > 0 else 0.0
+            coming = gains[-1] * ratio / (1 - ratio)
+            if coming <= max(SETTLED * (total - held), FLOAT32 * total):  # half of what SETTLED allows: gains may fall more slowly
+                break
+        block = matrix.T @ images[:, -start.shape[1] :]
+        for _ in range(2):  # once leaves too much of what is there already
+            block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, matrix @ block], dim=1)
+    else:
+        return None
+    values, vectors = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank].float()
+    kept = values > EXACT * values[0]
+    values, vectors = values[kept].float(), vectors[:, kept]
+    right, left = basis @ vectors, images @ vectors / values
+    left, right = (left, right) if tall else (right, left)
+    return Spectrum(left, values, right.T, shape, max(0.0, total - held))
+
+
 # ---- how much to keep: each says a rank for a spectrum ----
 
 Keep = Callable[[Spectrum], int]
@@ -171,8 +216,8 @@ def keep_error(most: float) -> Keep:
 
     def choose(found: Spectrum) -> int:
         energy = found.values.double().square()
-        left = energy.flip(0).cumsum(0).flip(0)  # what directions from i on hold
-        return max(1, int((left > most**2 * energy.sum()).sum()))
+        left = energy.flip(0).cumsum(0).flip(0) + found.rest  # what directions from i on hold
+        return max(1, int((left > most**2 * (energy.sum() + found.rest)).sum()))
 
     return choose
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +61,16 @@ class Part:
 
     def read(self, place: Original) -> Tensor:
         """Our tensor in the dtype that is stored. Raises ModelError for a dtype in which numbers are not stored plainly."""
-        (start, end), shape = self.span(place), self.header.shapes[place.key]
+        data, shape, dtype = self.raw(place), self.header.shapes[place.key], self.dtype(place)
+        stored = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return place.read(stored.view(-1, *shape[1:]) if place.rows is not None else stored.view(shape))
+
+    def raw(self, place: Original) -> bytearray:
+        """The bytes of our tensor as they are stored."""
+        start, end = self.span(place)
         with self.path.open("rb") as file:
             file.seek(start)
-            data = bytearray(file.read(end - start))
-        stored = torch.frombuffer(data, dtype=self.dtype(place)) if data else torch.empty(0, dtype=self.dtype(place))
-        return place.read(stored.view(-1, *shape[1:]) if place.rows is not None else stored.view(shape))
+            return bytearray(file.read(end - start))
 
     def dtype(self, place: Original) -> torch.dtype:
         name = self.header.dtypes[place.key]
@@ -233,20 +238,20 @@ def _places(base: Base, header: Header) -> dict[str, Original]:
     for component in base.names.modules:
         start = component + "."
         shapes = {f"{n.removeprefix(start)}.weight": shape for n, shape in base.shapes.items() if n.startswith(start)}
-        places = closest(base, component, shapes, header)
+        places = closest(base, component, shapes, header, base.config)
         taken = {place.key for place in found.values()}  # by an encoder of the same size
         if 2 * len(places) > len(shapes) and not any(place.key in taken for place in places.values()):
             found |= {start + key.removesuffix(".weight"): place for key, place in places.items()}
     return found
 
 
-def closest(base: Base, component: str, shapes: Shapes, header: Header) -> dict[str, Original]:
-    """Those of a component's tensors that a single file holds, in the spelling in which they are most."""
+def closest(base: Base, component: str, shapes: Shapes, header: Header, config: Mapping[str, Any]) -> dict[str, Original]:
+    """Those of a component's tensors that a single file holds, in the spelling in which they are most. `config` is the component's."""
     family = base.spelling
     spellings = [*family.original[component], *([AS_DIFFUSERS] if component == family.denoiser_name else [])]
     options = []
     for spelling in spellings:
-        names = spelling.names(shapes, base.config)
+        names = spelling.names(shapes, config)
         for prefix in spelling.prefixes:
             places = {key: place.behind(prefix) for key, place in names.items()}
             options.append({key: at for key, at in places.items() if header.shapes.get(at.key) == at.shape(shapes[key])})
