@@ -32,7 +32,8 @@ from charforgex.lora.inject import TEXT_PREFIX
 from charforgex.lora.joined import split
 from charforgex.lora.names import Names, Parts, Spelling
 from charforgex.lora.quantized import whole
-from charforgex.lora.state import Layer, Lora, some
+from charforgex.lora.reading import Streamed
+from charforgex.lora.state import Layer, Lora, is_finite, shown, some
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,15 @@ def opened(path: Path) -> Iterator[Any]:
             raise LoraError(f"{path} has a header of {length} bytes; an adapter's has at most {MAX_HEADER}.")
         file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{path} is damaged or no safetensors file: {error}") from error
-    with file:
+        raise LoraError(f"{path} is damaged or no safetensors file: {shown(str(error))}") from error
+    with file, path.open("rb") as binary:
         keys = file.keys()
         if len(keys) > MAX_KEYS or max(map(len, keys), default=0) > MAX_KEY:
             raise LoraError(
                 f"{path} has {len(keys)} keys of up to {max(map(len, keys))} characters; an adapter has at most {MAX_KEYS} of {MAX_KEY}."
             )
         with _named(path):
-            file = whole(file)
+            file = whole(Streamed(file, binary))
         yield file
 
 
@@ -227,12 +228,12 @@ class LoraFile:
         try:
             tensor = self._get(key)
         except SafetensorError as error:
-            raise LoraError(f"{key} cannot be read: {error}") from error
+            raise LoraError(f"{shown(key)} cannot be read: {shown(str(error))}") from error
         real = tensor.is_floating_point() and tensor.dtype not in PACKED
         if not (real or (key.endswith(".alpha") and tensor.dtype in INTEGERS)) or tuple(tensor.shape) != self.shapes[key]:
-            raise LoraError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, which is no factor; floating-point numbers are.")
-        if not (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all():
-            raise LoraError(f"{key} holds values that are not finite.")
+            raise LoraError(f"{shown(key)} is {tensor.dtype} {tuple(tensor.shape)}, which is no factor; floating-point numbers are.")
+        if not is_finite(tensor):
+            raise LoraError(f"{shown(key)} holds values that are not finite.")
         self.dtypes[key] = tensor.dtype
         return tensor
 

@@ -10,6 +10,7 @@ Magnitudes are float32 in every file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -59,10 +60,23 @@ def kind_of(sides: Collection[str]) -> str:
 def weight_shape(shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """Of the weight that factors of these shapes change; (out, in * kh * kw) for LoHa and LoKr; () if they are no factors of one."""
     try:
-        with torch.device("meta"):
-            return layer_of({side: torch.empty(tuple(shape)) for side, shape in shapes.items() if side != "alpha"}, None).weight_shape
-    except (LoraError, RuntimeError):  # torch's: of sizes that do not go together, or larger than it can count
+        kind = kind_of(shapes)
+        if kind == "loha":
+            return _outer(shapes, "hada_w1", "hada_t1")
+        if kind == "lokr":
+            sides = [_outer(shapes, "lokr_w1", None), _outer(shapes, "lokr_w2", "lokr_t2")]
+            return tuple(one * two for one, two in zip(*sides, strict=True))
+        kernel = shapes["mid"] if "mid" in shapes else shapes["down"]
+        return (shapes["up"][0], shapes["down"][1], *kernel[2:])
+    except (KeyError, IndexError):
         return ()
+
+
+def _outer(shapes: Mapping[str, Sequence[int]], side: str, core: str | None) -> tuple[int, int]:
+    if side in shapes:
+        return (shapes[side][0], math.prod(shapes[side][1:]))
+    a, b = shapes[side + "_a"], shapes[side + "_b"]
+    return (a[1], b[1] * math.prod(shapes[core][2:])) if core in shapes else (a[0], math.prod(b[1:]))
 
 
 def layer_of(sides: Mapping[str, Tensor], alpha: float | None) -> Layer:
