@@ -43,8 +43,9 @@ class Product(NamedTuple):
         return (self.up @ self.down).view(self.shape)
 
     def norm(self) -> float:
-        """Frobenius."""
-        return math.sqrt(max(0.0, inner(self, self)))
+        """Frobenius: `inner` with itself, for half of its work."""
+        up, down = self.up.double(), self.down.double()
+        return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
 
 class Spectrum(NamedTuple):

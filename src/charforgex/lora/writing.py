@@ -21,7 +21,7 @@ from charforgex.lora.formats import ADAPTER_METADATA, FORMATS, WRITTEN, read
 from charforgex.lora.inject import TEXT_PREFIX, same_output
 from charforgex.lora.joined import alike, join, swap_halves
 from charforgex.lora.names import Names, Parts, Spelling
-from charforgex.lora.state import Layer, Lora, LoraLayer, some
+from charforgex.lora.state import Layer, Lora, LoraLayer, is_finite, some
 from charforgex.runs import replace_atomic
 
 Get = Callable[[str], Layer | None]  # our name -> the layer, None where a module is not adapted
@@ -211,7 +211,7 @@ def _stored(
         tensors = lycoris.tensors_of({n: layer for n, layer in present.items() if n not in plain}, format, lycoris_names, dtype)
         if plain:
             tensors |= _tensors(module, parts, plain, format, dtype)
-        if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
             raise LoraError(f"The adapter does not fit into {dtype}; save it in float32 or bfloat16. Too large: {some(broken)}.")
         yield present, tensors
 
