@@ -36,7 +36,7 @@ def merge(**settings: Any) -> dict[str, Any]:
 
 
 def lora_tool(tool: str, **settings: Any) -> dict[str, Any]:
-    """What `charforgex lora <tool> name=value ...` does, files as `lora=`. Returns what the tool found out or made; raises a CharForgeError."""
+    """What `charforgex lora <tool> name=value ...` does, files as `lora=`. Returns what it found out or made; raises a CharForgeError."""
     from charforgex.binding import not_among
     from charforgex.cli import TOOLS
     from charforgex.errors import ConfigError

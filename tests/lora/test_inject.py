@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from charforgex.errors import LoraError
 from charforgex.lora import writing
-from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, same_output, set_scales, without_adapter
+from charforgex.lora.inject import acting, adapter_parameters, inject, load_adapter, read_adapter, same_output, set_scales, without_adapter
 from charforgex.lora.state import Lora, LoraLayer
 
 
@@ -119,6 +119,25 @@ def test_several_adapters_with_their_own_scales(family, parts, predict):
         set_scales(parts, {"villain": 1.0})
     with pytest.raises(LoraError, match="loaded already"):
         load_adapter(parts, one, "type")
+
+
+def test_adapters_act_alone_where_that_is_asked_for(family, parts, predict):
+    base, alone = predict(parts), {}
+    paths = [name for name, _ in parts.denoiser.named_modules() if name.endswith("to_q")]
+    for seed, name in enumerate(("one", "two")):
+        lora, other = random_lora(parts if not alone else family.tiny(), parts.denoiser_name, paths, seed=seed), family.tiny()
+        load_adapter(other, lora, name)
+        load_adapter(parts, lora, name)
+        alone[name] = predict(other)
+    both, only = predict(parts), acting(parts.denoiser)
+    with only([]):
+        assert torch.equal(predict(parts), base)
+    with only(["two"]):
+        with only(["one"]):
+            assert torch.equal(predict(parts), alone["one"])
+        assert torch.equal(predict(parts), alone["two"])
+    assert torch.equal(predict(parts), both)
+    assert not torch.allclose(both, alone["two"])
 
 
 def test_text_encoders_of_both_shapes(family, parts):

@@ -15,7 +15,8 @@ from charforgex.lora.lowrank import Product
 from charforgex.lora.state import Lora, LoraLayer
 from charforgex.lora.writing import write
 from charforgex.toolbox import directions
-from charforgex.toolbox.directions import WORDS, along, joint, known, read_words, word_states, words
+from charforgex.toolbox.directions import WORDS, along, as_read, joint, known, read_words, word_states, words
+from charforgex.types import Text
 
 DRAW = torch.Generator().manual_seed(2)
 VOCABULARY = read_words(WORDS)
@@ -23,24 +24,27 @@ VOCABULARY = read_words(WORDS)
 
 @pytest.fixture(scope="module")
 def encoders():
-    """By family: it, and its text encoders."""
+    """By family: it, its text encoders and its denoiser."""
     found = {name: registry.get(name) for name in ("sdxl", "flux", "sd3")}
     return {name: (family, family.load("charworld", only=("text",))) for name, family in found.items()}
 
 
-def states_of(encoders, name):
+FIRST = "transformer_blocks.0.attn.add_k_proj"
+
+
+def states_of(encoders, name, module=None):
     family, parts = encoders[name]
-    return word_states(family, parts, [word for word in VOCABULARY if known(family, parts, word)])
+    return word_states(family, parts, [word for word in VOCABULARY if known(family, parts, word)], module)
 
 
-def saved(path, name, rows, metadata=None):
+def saved(path, name, rows, metadata=None, first=False):
     """A LoRA of the embedded base: each layer that reads the text reacts to `rows` (r, k), most to the first, in a way of its own."""
     base = bases.get(f"charworld_{name}")
     strengths = torch.tensor([2.0**-i for i in range(len(rows))])
     layers = {
         n: LoraLayer(rows, torch.linalg.qr(torch.randn(shape[0], len(rows), generator=DRAW))[0] * strengths, float(len(rows)))
         for n, shape in base.shapes.items()
-        if n.endswith(tuple(f".{end}" for end in base.spelling.reads_text))
+        if n.endswith(tuple(f".{end}" for end in (base.spelling.first_reads_text if first else base.spelling.reads_text)))
     }
     return write(Lora(layers), path, "kohya", base.spelling, base.config, torch.float32, {"charforgex.family": name} | (metadata or {}))
 
@@ -77,15 +81,37 @@ def test_a_words_state_is_where_the_word_is(encoders, name):
             assert not torch.allclose(alone[start + 1], followed[start + 1], atol=0.1)
 
 
-@pytest.mark.parametrize("name, word", [("sdxl", "pink"), ("flux", "moustache"), ("sd3", "crown (T5)"), ("sd3", "beach (CLIP)")])
-def test_a_known_word_comes_first_and_noise_is_told(encoders, tmp_path, name, word):
-    states = states_of(encoders, name)
+@pytest.mark.parametrize(
+    "name, word, module",
+    [
+        ("sdxl", "pink", None), ("flux", "moustache", None), ("sd3", "crown (T5)", None),
+        ("flux", "sunglasses", FIRST), ("sd3", "beach (CLIP)", FIRST),
+    ],
+)  # fmt: skip
+def test_a_known_word_comes_first_and_noise_is_told(encoders, tmp_path, name, word, module):
+    states = states_of(encoders, name, module)
     rows = torch.nn.functional.normalize(torch.stack([states[word], torch.randn(len(states[word]), generator=DRAW)]), dim=1)
-    told = run(saved(tmp_path / "a.safetensors", name, rows))
+    told = run(saved(tmp_path / "a.safetensors", name, rows, first=module is not None))
     first, second = told["directions"]
     assert next(iter(first["words"])) == word and first["words"][word] > 0.97 and first["is_word"]
     assert not second["is_word"] and second["chance"] > 0.05
     assert first["share"] > 0.7 and first["share"] + second["share"] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_the_first_block_reads_normed_tokens_each_for_itself(encoders, name):
+    """Undone by hand: its norm has mean 0 and variance 1 before the modulation, which the same pooled vector makes the same for all."""
+    family, parts = encoders[name]
+    one, two = family.encode_text(parts, ["pink hair"]), family.encode_text(parts, ["a beach"])
+    read = torch.cat([as_read(family, parts, FIRST, text) for text in (one, two)])
+    both = as_read(family, parts, FIRST, Text.stack([one, two]))
+    torch.testing.assert_close(both, read, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        tokens = torch.cat([one.tokens_BLD, two.tokens_BLD])
+        normed = torch.nn.functional.layer_norm(parts.denoiser.context_embedder(tokens), (read.shape[-1],), eps=1e-6)
+    flat, x = read.flatten(0, 1), normed.flatten(0, 1)
+    gain = ((flat - flat.mean(0)) * (x - x.mean(0))).sum(0) / (x - x.mean(0)).square().sum(0)
+    torch.testing.assert_close((flat - flat.mean(0)), (x - x.mean(0)) * gain, atol=1e-3, rtol=1e-3)
 
 
 def test_mixtures_of_words_are_rarely_taken_for_one(encoders):
@@ -139,7 +165,7 @@ def test_a_slider_moves_one_word_alone(encoders, tmp_path):
 
 def test_what_has_no_words_is_refused(tmp_path):
     base = bases.get("charworld_flux")
-    name = "transformer.transformer_blocks.0.attn.add_k_proj"
+    name = "transformer.transformer_blocks.1.attn.add_k_proj"
     path = write(
         Lora({name: LoraLayer(torch.ones(1, 128), torch.ones(128, 1), 1.0)}),
         tmp_path / "a.safetensors",
@@ -147,10 +173,16 @@ def test_what_has_no_words_is_refused(tmp_path):
         base.spelling,
         base.config,
     )
-    with pytest.raises(LoraError, match=r"none of its layers reads the text .* In flux only context_embedder does"):
+    with pytest.raises(LoraError, match=r"none of its layers reads the text token by token, as context_embedder, transformer_blocks\.0\."):
         run(path)
     path = saved(tmp_path / "b.safetensors", "flux", torch.eye(192)[:2])
     (tmp_path / "few.txt").write_text("one\ntwo\n")
+    both = {
+        f"transformer.{end}": LoraLayer(torch.ones(1, k), torch.ones(128, 1), 1.0) for end, k in (("context_embedder", 192), (FIRST, 128))
+    }
+    mixed = write(Lora(both), tmp_path / "both.safetensors", "kohya", base.spelling, base.config)
+    with pytest.raises(ConfigError, match="read different things"):
+        run(mixed, "layers=[context_embedder,add_k_proj]")
     for overrides, error, said in (
         (["slider=0"], ConfigError, "go together"),
         ([f"out={tmp_path}/x.safetensors"], ConfigError, "go together"),

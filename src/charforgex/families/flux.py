@@ -53,6 +53,7 @@ class Flux(Family):
         "text_encoder_2": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
     }
     reads_text = ("context_embedder",)
+    first_reads_text = tuple(f"transformer_blocks.0.attn.add_{name}_proj" for name in "qkv")
     lora_labels: ClassVar = {
         "modelspec.architecture": "flux-1-dev/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",

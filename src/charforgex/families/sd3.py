@@ -59,6 +59,7 @@ class Sd3(Family):
         "text_encoder_3": [Spelling(each(t5), ("text_encoders.t5xxl.transformer.", ""), T5_BESIDES)],
     }
     reads_text = ("context_embedder",)
+    first_reads_text = tuple(f"transformer_blocks.0.attn.add_{name}_proj" for name in "qkv")
     lora_labels: ClassVar = {
         "modelspec.architecture": "stable-diffusion-3/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",

@@ -98,7 +98,7 @@ def write_page(analysis: Mapping[str, Any], picture: Path, path: Path) -> None:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2g} %" if value < 0.995 else "100 %"
+    return "" if value is None else f"{100 * value:.3g} %"
 
 
 def summary(analysis: Mapping[str, Any], page: Path, console: Console) -> None:

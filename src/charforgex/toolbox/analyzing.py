@@ -74,6 +74,8 @@ def check_folder(out: Path) -> None:
 
 def measure(opened: Opened, source: str | None = None) -> dict[str, Any]:
     """All numbers. With `source`, the base's weights, also what share of them the changes are. Raises LoraError, ModelError."""
+    import torch
+
     from charforgex.toolbox.common import progress
     from charforgex.toolbox.spectra import norm, spectrum_of
 
@@ -85,7 +87,7 @@ def measure(opened: Opened, source: str | None = None) -> dict[str, Any]:
     for name in progress(names, "layers"):
         weight = read(name) if read else None
         if weight is not None:
-            weights[name] = float(weight.double().norm())
+            weights[name] = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         found: dict[int, Spectrum] = {}
         for index, file in enumerate(opened.files):
             layer = file.layer(name)

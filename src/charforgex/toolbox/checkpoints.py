@@ -248,14 +248,14 @@ def _places(base: Base, header: Header) -> dict[str, Original]:
 def closest(base: Base, component: str, shapes: Shapes, header: Header, config: Mapping[str, Any]) -> dict[str, Original]:
     """Those of a component's tensors that a single file holds, in the spelling in which they are most. `config` is the component's."""
     family = base.spelling
-    spellings = [*family.original[component], *([AS_DIFFUSERS] if component == family.denoiser_name else [])]
+    spellings = [*family.original.get(component, ()), *([AS_DIFFUSERS] if component == family.denoiser_name else [])]
     options = []
     for spelling in spellings:
         names = spelling.names(shapes, config)
         for prefix in spelling.prefixes:
             places = {key: place.behind(prefix) for key, place in names.items()}
             options.append({key: at for key, at in places.items() if header.shapes.get(at.key) == at.shape(shapes[key])})
-    return max(options, key=len)
+    return max(options, key=len, default={})
 
 
 def _plain_name(base: Base, key: str) -> str:

@@ -1,8 +1,10 @@
 """`charforgex lora words`: which words an adapter reacts to in another way than its base, and sliders along such a direction.
 
-Some layers read what the text encoders say as it is (`Family.reads_text`): SDXL's keys and values of text, and the context embedder of Flux
-and SD3. The right singular vectors of all their changes together are directions of the space of words, the strongest first: along them
-what is read is changed most. A direction is told by the words whose states, less the mean of all words, point its way.
+Some layers read what the text encoders say as it is (`Family.reads_text`): SDXL's keys and values of text, the context embedder of Flux and
+SD3. The first block of those two reads what that embedder, a norm and a modulation by time leave of it, and still each token for itself
+(`Family.first_reads_text`). The right singular vectors of all such layers' changes together are directions in the space of words, the
+strongest first: along them what is read is changed most. A direction is told by the words whose states, less the mean of all words, point
+its way.
 
 What other layers read has been mixed by the blocks before them, or is a picture's: its directions have no words.
 """
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from charforgex.families.base import Family
     from charforgex.lora.lowrank import Product, Spectrum
     from charforgex.lora.state import LoraLayer
-    from charforgex.types import Components
+    from charforgex.types import Components, Text
 
 WORDS = Path(__file__).with_name("words.txt")
 PIECE = 4  # letters: a built-in word that a tokenizer breaks into shorter pieces is none that its encoder has learnt
@@ -87,7 +89,7 @@ def words(cfg: DictConfig) -> dict[str, Any]:
             raise LoraError(f"{path}: the {len(names)} layers that read the text change nothing.")
         if sliding and (sliding[0] < 0 or sliding[-1] >= len(found.values)):
             raise ConfigError(f"slider={settings.slider}: there are directions 0 to {len(found.values) - 1}.")
-        states = encoded(opened, family, source or "charworld", vocabulary, settings.words is None, settings.device)
+        states = encoded(opened, family, names, source or "charworld", vocabulary, settings.words is None, settings.device)
         told = told_by_words(found, states, settings.count)
         result = {"lora": str(path), "base": opened.base.name, "text_layers": names, **told}
         if sliding and not settings.dry_run:
@@ -103,20 +105,32 @@ def words(cfg: DictConfig) -> dict[str, Any]:
 
 
 def text_layers(opened: Opened, family: Family, patterns: Sequence[str] | None) -> list[str]:
-    """The first file's layers that read the text itself, of those that the patterns choose. Raises LoraError if there are none."""
-    from charforgex.lora.targets import chosen, fits
+    """The first file's layers that read the text itself, or where it has none, its first block's; of those that the patterns choose.
+
+    Raises LoraError if there are none, and ConfigError if the chosen ones read different things.
+    """
+    from charforgex.lora.targets import chosen
 
     file = opened.files[0]
-    start = f"{family.denoiser_name}."
-    found = [name for name in opened.names if name.startswith(start) and any(fits(end, name) for end in family.reads_text)]
-    found = [name for name in found if (layer := file.layer(name)) is not None and not layer.is_zero]
-    if not found:
+    have = [name for name in opened.names if (layer := file.layer(name)) is not None and not layer.is_zero]
+    direct, first = (_ending(ends, have, family) for ends in (family.reads_text, family.first_reads_text))
+    if not direct and not first:
+        those = ", ".join([*family.reads_text, *family.first_reads_text])
         raise LoraError(
-            f"{opened.paths[0]}: none of its layers reads the text as the encoders give it. In {family.name} only "
-            f"{' and '.join(family.reads_text)} does, which this LoRA leaves alone; what the others read is mixed with what "
-            "the blocks before them made of it, and has no words."
+            f"{opened.paths[0]}: none of its layers reads the text token by token, as {those} of {family.name} do; "
+            "what the others read is mixed with what the blocks before them made of it, and has no words."
         )
-    return found if patterns is None else chosen("layers", patterns, found)
+    if patterns is None:
+        return direct or first
+    found = chosen("layers", patterns, direct + first)
+    if set(found) & set(direct) and set(found) & set(first):
+        raise ConfigError(f"layers: {direct[0]} and {first[0]} read different things and share no directions; choose one of them.")
+    return found
+
+
+def _ending(ends: Sequence[str], names: Sequence[str], family: Family) -> list[str]:
+    start = f"{family.denoiser_name}."
+    return [name for name in names if name.startswith(start) and any(f".{name}".endswith(f".{end}") for end in ends)]
 
 
 def changes(opened: Opened, names: Sequence[str]) -> dict[str, Product]:
@@ -167,20 +181,23 @@ def read_words(path: Path) -> list[str]:
 
 
 def encoded(
-    opened: Opened, family: Family, source: str, vocabulary: Sequence[str], built_in: bool, device: str
+    opened: Opened, family: Family, names: Sequence[str], source: str, vocabulary: Sequence[str], built_in: bool, device: str
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Each word's state (k,) by what it is called in the report; the trigger that the file names comes first.
+    """Each word's state (k,), as the layers read it, by what it is called in the report; the trigger that the file names comes first.
 
-    The encoders are the base's own, also where the LoRA adapts them.
+    The encoders and the layers before are the base's own, also where the LoRA adapts them.
     """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = family.load(source, only=("text",), dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    first = _ending(family.first_reads_text, names, family)
+    groups = ("text", "denoiser") if first else ("text",)
+    parts = family.load(source, only=groups, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     trigger = opened.files[0].metadata.get("charforgex.trigger")
     listed = [word for word in vocabulary if not built_in or known(family, parts, word)]
-    return word_states(family, parts, list(dict.fromkeys([*([trigger] if trigger else []), *listed])))
+    path = first[0].partition(".")[2] if first else None
+    return word_states(family, parts, list(dict.fromkeys([*([trigger] if trigger else []), *listed])), path)
 
 
 def known(family: Family, parts: Components, word: str) -> bool:
@@ -193,26 +210,56 @@ def count(tokenizer: Any, word: str) -> int:
     return len(tokenizer(word, add_special_tokens=False).input_ids)
 
 
-def word_states(family: Family, parts: Components, vocabulary: Sequence[str]) -> dict[str, Tensor]:
-    """Each word alone as a caption: the mean of its own tokens' states, less the mean over all words. Of families whose encoders follow
-    each other, not side by side, a word has a state for each."""
+def word_states(family: Family, parts: Components, vocabulary: Sequence[str], module: str | None = None) -> dict[str, Tensor]:
+    """Each word alone as a caption: the mean of its own tokens' states, less the mean over all words. `module` of the first block: what it
+    reads of them. Of families whose encoders follow each other, not side by side, a word has a state for each."""
     import torch
 
     starts = family.word_starts(parts)
     found: dict[str, list[Tensor]] = {name: [] for name in starts}
     for first in range(0, len(vocabulary), BATCH):
         batch = vocabulary[first : first + BATCH]
-        tokens_BLD = family.encode_text(parts, batch).tokens_BLD.float().cpu()
+        text = family.encode_text(parts, batch)
+        tokens_BLD = (text.tokens_BLD if module is None else as_read(family, parts, module, text)).float().cpu()
         for name, start in starts.items():
-            found[name] += [
-                states[start : start + count(parts[name], word)].mean(0) for word, states in zip(batch, tokens_BLD, strict=True)
-            ]
+            ends = [start + count(parts[name], word) for word in batch]
+            found[name] += [states[start:end].mean(0) for end, states in zip(ends, tokens_BLD, strict=True)]
     told = {}
     for name, states in found.items():
         suffix = "" if len(starts) == 1 else f" ({'T5' if 'T5' in type(parts[name]).__name__ else 'CLIP'})"
         centred = torch.stack(states) - torch.stack(states).mean(0)
         told |= {word + suffix: state for word, state in zip(vocabulary, centred, strict=True)}
     return told
+
+
+class _Read(Exception):
+    """What a module was about to read."""
+
+
+def as_read(family: Family, parts: Components, module: str, text: Text) -> Tensor:
+    """What a module of the denoiser reads of the text (B, L, D), half way through the noise. The pooled vector, which modulates all tokens
+    alike, is that of an empty caption; the denoiser runs as far as the module."""
+    import torch
+
+    from charforgex.types import Crop, Text
+
+    def stop(_, inputs):
+        raise _Read(inputs[0])
+
+    denoiser, batch = parts.denoiser, len(text)
+    side = 2 * family.latent_stride(parts)
+    channels = denoiser.config.in_channels // family.channels_per_latent
+    noisy = torch.zeros(batch, channels, 2, 2, dtype=denoiser.dtype, device=denoiser.device)
+    plain = Text(text.tokens_BLD, family.encode_text(parts, [""]).pooled_BD.expand(batch, -1))
+    handle = denoiser.get_submodule(module).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            family.denoise(denoiser, noisy, torch.full((batch,), 0.5, device=noisy.device), plain, Crop.whole(batch, side, side))
+    except _Read as read:
+        return read.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{module} has not run")
 
 
 def told_by_words(found: Spectrum, states: Mapping[str, Tensor], most: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def inspect(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def inspected(path: Path, base: str | None = None) -> dict[str, Any]:
     """What is known of one file. Layers that cannot be read are problems and no errors."""
     from charforgex.lora.metadata import hashes
-    from charforgex.toolbox.places import place_of
+    from charforgex.toolbox.places import in_order, place_of
 
     with opened_loras(Inputs(lora=str(path), base=base)) as opened:
         file, names = opened.files[0], opened.names
@@ -64,15 +64,16 @@ def inspected(path: Path, base: str | None = None) -> dict[str, Any]:
             if layer is not None:
                 layers[name] = {"kind": layer.kind, "rank": layer.rank, "alpha": layer.alpha, "zero": layer.is_zero}
                 parameters += sum(tensor.numel() for tensor in layer.tensors().values())
-        places = {name: place_of(name) for name in layers}
+        places = [place_of(name) for name in layers]
+        blocks = _counted(f"{place.component}.{place.block}" for place in places)
         told = {
             "path": str(path), "bytes": path.stat().st_size, **hashes(path),
             "family": opened.base.family, "base": opened.base.name, "format": opened.format,
             "layers": len(layers), "parameters": parameters, "dtypes": _dtypes(file),
             **{what: _counted(row[key] for row in layers.values()) for what, key in
                (("kinds", "kind"), ("ranks", "rank"), ("alphas", "alpha"))},
-            "components": _counted(place.component for place in places.values()),
-            "blocks": _counted(f"{place.component}.{place.block}" for place in places.values()),
+            "components": _counted(place.component for place in places),
+            "blocks": {block: blocks[block] for block in in_order(blocks)},
             **_said(file.metadata),
         }  # fmt: skip
         return told | {"problems": broken[:SHOWN] + _problems(told, layers, len(broken), file)}
@@ -138,6 +139,8 @@ def _show(told: Mapping[str, Any]) -> None:
     from charforgex.lora.state import shown
 
     table = Table(show_header=False, title=Text(Path(told["path"]).name))
+    table.add_column()
+    table.add_column(overflow="fold")
 
     def row(name: str, value: Any) -> None:
         if value not in (None, "", {}, []):
