@@ -26,7 +26,7 @@ VOCABULARY = read_words(WORDS)
 def encoders():
     """By family: it, its text encoders and its denoiser."""
     found = {name: registry.get(name) for name in ("sdxl", "flux", "sd3")}
-    return {name: (family, family.load("charworld", only=("text",))) for name, family in found.items()}
+    return {name: (family, family.load("charworld", only=("text", "denoiser"))) for name, family in found.items()}
 
 
 FIRST = "transformer_blocks.0.attn.add_k_proj"
