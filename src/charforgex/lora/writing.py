@@ -190,7 +190,8 @@ def _stored(
     if not layers:
         raise LoraError("The adapter has no layers.")
     table, wanted = names.table(format), set(layers)
-    unknown = [name for name in layers if name not in {ours for parts in table.values() for ours, _ in parts}]
+    places = {ours for parts in table.values() for ours, _ in parts}
+    unknown = [name for name in layers if name not in places]
     if unknown:
         where = f"have no place in the format {format}" if format in names.dialects else f"are on no module of this {names.family} model"
         raise LoraError(f"{len(unknown)} of {len(layers)} layers {where}: {some(unknown)}.")

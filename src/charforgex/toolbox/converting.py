@@ -56,12 +56,18 @@ def convert(cfg: Mapping[str, Any]) -> dict[str, Any]:
         turned: dict[str, Row] = {}
         get = opened.files[0].layer if settings.kind is None else _Plain(opened, settings, turned).layer
         outputs = replace(settings, out=Path(folder) / "dry.safetensors") if settings.dry_run else settings
-        told = save(opened, outputs, get, opened.names, _metadata(opened, settings))
+        told = save(opened, outputs, get, _names(opened, settings), _metadata(opened, settings))
         told |= {"out": None} if settings.dry_run else {}
         told |= {"format_before": opened.format, "kinds_before": sorted(set(opened.files[0].kinds().values())),
                  "converted": len(turned), **_error(turned), "dry_run": settings.dry_run}  # fmt: skip
     _show(settings, told, turned)
     return told
+
+
+def _names(opened: Opened, settings: Settings) -> list[str]:
+    """Of the layers, without those of a joined weight that are unchanged and have no place in the new format."""
+    places = {name for parts in opened.base.names.table(settings.format or opened.format).values() for name, _ in parts}
+    return [name for name in opened.names if name in places or opened.files[0].layer(name) is not None]
 
 
 def _metadata(opened: Opened, settings: Settings) -> dict[str, str]:
