@@ -104,7 +104,7 @@ def check_rank(stack: Stack, settings: Settings) -> None:
             layers[name] = layers.get(name, 0) + layer.rank
     most = max(layers.values())
     if settings.together and settings.rank >= most:
-        what = "their sum is exact: charforgex merges it by stacking" if len(stack.adapters) > 1 else "it is as small already"
+        what = "their sum is exact, and python merge.py method=stack makes it" if len(stack.adapters) > 1 else "it is as small already"
         raise ConfigError(f"rank={settings.rank}: at rank {most} {what}; choose a lower rank.")
 
 

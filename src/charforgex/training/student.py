@@ -64,9 +64,8 @@ Layers = dict[str, list[tuple[Layer, float]]]  # of the denoiser by path, with t
 def sketched(settings: Settings, stack: Stack, teachers: Teachers) -> dict[str, Any]:
     """What would be made, by the files alone: how far off the plain truncation is in the space of the weights."""
     layers = teachers_layers(stack, teachers)
-    dense = sorted({layer.kind for found in layers.values() for layer, _ in found} - {"lora"})
     told = {"out": str(settings.out), "rank": settings.rank, "layers": len(layers), "base": stack.base, "dry_run": True}
-    if not dense:
+    if all(layer.kind == "lora" for found in layers.values() for layer, _ in found):  # others need the base's weights
         spectra = [start_of(found, None) for found in layers.values()]
         told["truncated"] = sum(found.error(settings.rank) for found in spectra) / len(spectra)
     show("Would be distilled", told)
@@ -84,8 +83,9 @@ def distilled(settings: Settings, stack: Stack, teachers: Teachers, prompts: lis
     batch_size = settings.batch_size or stack.recipe.batch_size
 
     data = read_pictures(settings, stack, batch_size, dtype, device) if settings.pictures else None
-    said = Said.of(stack, teachers, [*prompts, *(all_captions(data) if data else [""])], lambda: family.load(
-        stack.base, ["text"], dtype, device, settings.tokenizer), encoded=data is not None)  # fmt: skip
+    load_text = lambda: family.load(stack.base, ["text"], dtype, device, settings.tokenizer)  # noqa: E731
+    captions = [*prompts, ""] if data is None else all_captions(data)
+    said = Said.of(stack, teachers, captions, load_text, encoded=data is not None)
     parts = family.load(stack.base, ["denoiser"], dtype, device, settings.tokenizer)
     for adapter in stack.adapters:
         mine = Lora({f"{family.denoiser_name}.{path}": layer for path, layer in adapter.lora.of(family.denoiser_name).items()})
