@@ -76,7 +76,7 @@ class Setup:
         return {
             name: shape
             for name, shape in base.shapes.items()
-            if name.startswith(start) and "blocks." in name and any(part in name for part in wanted)
+            if name.startswith(start) and "block" in name and any(part in name for part in wanted)
         }
 
     def counts(self) -> dict[Shape, int]:

@@ -155,3 +155,25 @@ def test_quick_curation_reports_ratios_stages_and_growth():
     assert report["ratios"]["scan_vs_decode"] == pytest.approx(values["ms_per_picture"]["scan"] / values["ms_per_picture"]["scan_decode"])
     assert [row["pairs"] >= int(count) // 20 for count, row in values["growth"].items()] == [True] * 3
     assert {"read", "sha256", "decode", "measure", "thumbnail", "fingerprint", "compare"} == set(values["pictures_per_second"])
+
+
+def test_quick_lora_reports_ratios_of_files_and_names_what_it_skips():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "lora.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"} and report["benchmark"] == "lora"
+    wanted = {"merge_vs_peft_svd", "resize_vs_full_svd", "extract_vs_full_svd", "merge_error"}
+    assert set(report["ratios"]) == {f"{name}.sdxl" for name in wanted}
+    assert set(report["skipped"]) == {"merge_vs_kohya.sdxl", "resize_vs_kohya.sdxl"}
+    values = report["values"]["sdxl"]
+    seconds = {name: told["cpu_seconds"] for name, told in values.items() if name != "files"}
+    assert report["ratios"]["merge_vs_peft_svd.sdxl"] == pytest.approx(seconds["merge"] / seconds["peft_merge"])
+    assert all(told["peak_bytes"] > 50e6 and told["cpu_seconds"] > 0 for name, told in values.items() if name != "files")
+    assert seconds["svd_resize"] > max(values["svd_resize"]["seconds"].values()), "each shape counts as often as modules have it"
+    assert abs(report["ratios"]["merge_error.sdxl"]) < 1e-5, "of the best of its rank; no matter of speed"
+    assert values["files"]["resized"] < 0.6 * values["files"]["0"] and values["files"]["merged"] < 1.1 * values["files"]["0"]
+
+
+def test_a_kohya_checkout_that_is_none_is_refused_at_once(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "lora.py", "--quick", "--kohya", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "networks/svd_merge_lora.py is no file" in done.stderr
