@@ -185,15 +185,18 @@ class Baker:
                 change = one if change is None else change.add_(one)
         if change is None:
             return weight
-        exact = old + change
+        norms = {"weight": old.norm(), "change": change.norm()}
+        exact = change.add_(old)
         new = exact.to(weight.dtype)
-        if not new.float().isfinite().all():
+        back = new.float()
+        if not back.isfinite().all():
             raise LoraError(f"{name} with the LoRA does not fit into {weight.dtype}; take a base in bfloat16 or float32.")
+        norms["rounding"] = (back - exact).norm()
         if record:
             sums = self.squares[name.partition(".")[0]]
             sums["layers"] += 1
-            for what, tensor in (("weight", old), ("change", change), ("rounding", new.float() - exact)):
-                sums[what] += float(tensor.norm()) ** 2
+            for what, norm in norms.items():
+                sums[what] += float(norm) ** 2
         return new
 
     def told(self) -> dict[str, Any]:

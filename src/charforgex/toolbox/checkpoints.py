@@ -81,8 +81,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint's files by component, None for the one single file. A folder may hold a component several times, as fp32 and fp16:
-    each is a list of its files, and the first of them is the one that is loaded."""
+    """A checkpoint's files by component, None for a single file in the original spelling. A folder may hold a component several times,
+    as fp32 and fp16: each is a list of its files, and the first of them is the one that is loaded."""
 
     path: Path
     base: Base
@@ -90,6 +90,11 @@ class Weights:
 
     @property
     def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def in_our_names(self) -> bool:
+        """Whether all tensors have the names that networks give them, as in folders; else `rest` has those of single files."""
         return None not in self.sets
 
     @cached_property
@@ -227,8 +232,12 @@ def _file(path: Path, like: Base | None) -> Weights:
     wanted = {name for name in base.shapes if name.startswith(start)}
     if wanted & places.keys() and wanted - places.keys():
         raise ModelError(f"{path} is most like {base.name}, and lacks weights of its size: {spell(sorted(wanted - places.keys()))}.")
+    components = {name.partition(".")[0] for name in places}
+    alone = components.pop() if len(components) == 1 else ""
+    if alone and all(f"{alone}.{place.key}" == f"{name}.weight" for name, place in places.items()):
+        return Weights(path, base, {alone: [[_part(base, alone, header)]]})
     modules = {place.key for place in places.values()}
-    rest = {_plain_name(base, key): Original(key) for key in header.shapes if key not in modules}
+    rest = {_plain_name(base, key, alone): Original(key) for key in header.shapes if key not in modules}
     return Weights(path, base, {None: [[Part(header, places, rest)]]})
 
 
@@ -258,8 +267,8 @@ def closest(base: Base, component: str, shapes: Shapes, header: Header, config: 
     return max(options, key=len, default={})
 
 
-def _plain_name(base: Base, key: str) -> str:
-    """A key without what its maker put in front: "vae:decoder.conv_in.bias"."""
+def _plain_name(base: Base, key: str, alone: str) -> str:
+    """A key without what its maker put in front: "vae:decoder.conv_in.bias". `alone` is the file's only component."""
     prefixes = {p: component for component, found in base.spelling.original.items() for spelling in found for p in spelling.prefixes if p}
     longest = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
-    return f":{key}" if longest is None else f"{prefixes[longest]}:{key.removeprefix(longest)}"
+    return f"{alone}:{key}" if longest is None else f"{prefixes[longest]}:{key.removeprefix(longest)}"

@@ -225,29 +225,30 @@ def beside(base: Weights, tuned: Weights) -> dict[str, Any]:
 def _pairs(base: Weights, tuned: Weights) -> tuple[dict[str, tuple], list[str], list[str]]:
     """The other tensors of both, by name, and the names that only one of them has."""
     mine, theirs = base.rest, tuned.rest
-    if base.is_folder != tuned.is_folder:
-        folder, file = (base, tuned) if base.is_folder else (tuned, base)
-        translated = _by_names_of(folder, file)
-        mine, theirs = (mine, translated) if base.is_folder else (translated, theirs)
+    if base.in_our_names != tuned.in_our_names:
+        ours, file = (base, tuned) if base.in_our_names else (tuned, base)
+        translated = _by_names_of(ours, file)
+        mine, theirs = (mine, translated) if base.in_our_names else (translated, theirs)
     pairs = {name: (mine[name], theirs[name]) for name in mine if name in theirs}
     return pairs, [name for name in mine if name not in pairs], [name for name in theirs if name not in pairs]
 
 
-def _by_names_of(folder: Weights, file: Weights) -> dict[str, tuple[Part, Original]]:
-    """The other tensors of a single file by the names that they have in a folder, where it has them, else by their own."""
+def _by_names_of(ours: Weights, file: Weights) -> dict[str, tuple[Part, Original]]:
+    """The other tensors of a single file by the names that they have in folders, where `ours` has them, else by their own."""
     from charforgex.families.parts import read_config
     from charforgex.lora.inject import TEXT_PREFIX
     from charforgex.toolbox.checkpoints import closest
 
     (part,) = file.parts
     found, known = {}, set()
-    for component, alternatives in folder.sets.items():
+    for component, alternatives in ours.sets.items():
         shapes = dict(_translatable(shape for held in alternatives[0] for shape in held.header.shapes.items()))
-        places = closest(folder.base, component, shapes, part.header, read_config(folder.path, component))
+        config = read_config(ours.path, component) if ours.is_folder else ours.base.config
+        places = closest(ours.base, component, shapes, part.header, config)
         for key, place in places.items():
             name = f"{component}.{key.removeprefix(TEXT_PREFIX)}"
             known.add(place.key)
-            if name in folder.rest:
+            if name in ours.rest:
                 found[name] = part, place
     return found | {name: at for name, at in file.rest.items() if at[1].key not in known}
 
