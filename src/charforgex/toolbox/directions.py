@@ -37,8 +37,8 @@ WORDS = Path(__file__).with_name("words.txt")
 PIECE = 4  # letters: a built-in word that a tokenizer breaks into shorter pieces is none that its encoder has learnt
 BATCH = 32
 NEAREST = 5  # words at either end of a direction
-DRAWN = 2000  # random directions, which chance is told by
-RISK = 0.05  # of taking any of the directions for a word's by chance
+DRAWN = 5000  # random directions of each kind, by which chance is told
+RISK = 0.05  # of taking any of the directions for more than it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,17 +263,19 @@ def as_read(family: Family, parts: Components, module: str, text: Text) -> Tenso
 
 
 def told_by_words(found: Spectrum, states: Mapping[str, Tensor], most: int) -> dict[str, Any]:
-    """The strongest directions by their nearest words, and how likely a direction at random is as near to any.
+    """The strongest directions by their nearest words, and how likely it is that a random one is as near to any word.
 
-    Random ones are mixtures of all words' states: such as no word is meant by, but in the space that words are in.
+    Of noise, any direction is as likely as another. Of mixtures of all words' states, those are that words lie along: what is nearer to
+    a word than noise but not than mixtures is about words, though about no single one.
     """
     import torch
 
     from charforgex.draws import torch_generator
 
     names, matrix = list(states), torch.nn.functional.normalize(torch.stack(list(states.values())), dim=1)
-    drawn = torch.randn(DRAWN, len(names), generator=torch_generator("words", DRAWN)) @ matrix
-    by_chance = (torch.nn.functional.normalize(drawn, dim=1) @ matrix.T).abs().amax(1)
+    drawn = {"noise": torch.randn(DRAWN, matrix.shape[1], generator=torch_generator("words", "noise"))}
+    drawn["mixtures"] = torch.randn(DRAWN, len(names), generator=torch_generator("words", "mixtures")) @ matrix
+    reached = {kind: (torch.nn.functional.normalize(rows, dim=1) @ matrix.T).abs().amax(1) for kind, rows in drawn.items()}
     energy = float(found.values.double().square().sum())
     shown = min(most, len(found.values))
     rows = []
@@ -282,33 +284,33 @@ def told_by_words(found: Spectrum, states: Mapping[str, Tensor], most: int) -> d
         if cosines[cosines.abs().argmax()] < 0:  # which end is which means nothing; the nearest word's comes first
             cosines = -cosines
         order = cosines.argsort(descending=True).tolist()
-        chance = (1 + int((by_chance >= cosines.max()).sum())) / (1 + DRAWN)
+        chance = {kind: (1 + int((usual >= cosines.max()).sum())) / (1 + DRAWN) for kind, usual in reached.items()}
+        beyond = {kind for kind, share in chance.items() if share * shown < RISK}
         rows.append({
             "index": index, "value": float(found.values[index]), "share": float(found.values[index]) ** 2 / energy,
+            "means": "nothing" if "noise" not in beyond else "a word" if "mixtures" in beyond else "words", "chance": chance,
             "words": {names[i]: float(cosines[i]) for i in order[:NEAREST]},
             "opposite": {names[i]: float(cosines[i]) for i in order[-NEAREST:][::-1] if cosines[i] < 0},
-            "chance": chance, "is_word": chance * shown < RISK,
         })  # fmt: skip
-    return {"vocabulary": len(names), "count": len(found.values), "directions": rows, "usual": float(by_chance.median())}
+    usual = {kind: float(cosines.median()) for kind, cosines in reached.items()}
+    return {"vocabulary": len(names), "count": len(found.values), "directions": rows, "usual": usual}
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    rows = result["directions"]
     table = Table(title=f"The strongest of {result['count']} directions of the text, for {result['base']}")
-    for head, justify in (("", "right"), ("energy", "right"), ("words (cosine)", "left"), ("other end", "left"), ("by chance", "right")):
+    for head, justify in (("", "right"), ("energy", "right"), ("means", "left"), ("words (cosine)", "left"), ("other end", "left")):
         table.add_column(head, justify=justify, overflow="fold")
-    for row in rows:
+    for row in result["directions"]:
         ends = [", ".join(f"{escape(word)} {cosine:.2f}" for word, cosine in row[end].items()) for end in ("words", "opposite")]
-        style = None if row["is_word"] else "dim"
-        table.add_row(str(row["index"]), f"{100 * row['share']:.2g} %", *ends, f"{row['chance']:.2g}", style=style)
+        style = "dim" if row["means"] == "nothing" else None
+        table.add_row(str(row["index"]), f"{100 * row['share']:.2g} %", row["means"], *ends, style=style)
     console.print(table)
-    sure = [str(row["index"]) for row in rows if row["is_word"]]
-    said = f"Nearer to a word than random directions are (those reach {result['usual']:.2f}): {', '.join(sure) or 'none'}."
+    usual = result["usual"]
+    said = f"Random directions reach a cosine of {usual['noise']:.2f} with some word, random mixtures of words {usual['mixtures']:.2f}."
     console.print(said, soft_wrap=True, highlight=False)
     if "out" in result:
-        console.print(
-            f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes", soft_wrap=True, highlight=False, markup=False
-        )
+        told = f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes"
+        console.print(told, soft_wrap=True, highlight=False, markup=False)
