@@ -69,6 +69,17 @@ def test_the_spectrum_is_that_of_the_dense_matrix(rank, out, inner):
     torch.testing.assert_close(whole(other.truncated(99)), whole(found), rtol=1e-4, atol=1e-4 * float(dense[0]))
 
 
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (40, 8, 3, 3)])
+def test_the_largest_directions_alone_are_those_of_all(shape):
+    change = randn(*shape)
+    every, some = lowrank.dense_spectrum(change), lowrank.dense_spectrum(change, 5)
+    assert len(some.values) == 5
+    torch.testing.assert_close(some.values, every.values[:5], rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole(some.truncated(4)), whole(every.truncated(4)), rtol=1e-4, atol=1e-5)
+    assert [some.error(rank) for rank in (2, 5)] == pytest.approx([every.error(rank) for rank in (2, 5)], rel=1e-6)
+    assert len(lowrank.dense_spectrum(change, 30).values) == 40, "all at once are as quick"
+
+
 def test_equal_and_zero_factors():
     one = drawn(4)
     doubled = lowrank.spectrum(lowrank.stacked([one, one]))

@@ -161,6 +161,17 @@ def test_how_much_is_kept():
     assert made.layer(NAME).rank == int((1 - energy > 0.09).sum()) + 1 and made.rows[NAME].error <= 0.3
 
 
+def test_large_layers_are_cut_by_their_largest_directions_alone():
+    rng = random.Random(8)
+    layers = [layer(rng, (60, 50), 4) for _ in range(2)]
+    made, whole = merger("ties", layers, [1.0, 1.0]), merger("ties", layers, [1.0, 1.0], Size(rank=50))
+    wanted = exact(whole.layer(NAME))
+    values = torch.linalg.svdvals(wanted)
+    best = float(values[4:].norm())
+    assert float((exact(made.layer(NAME)) - wanted).norm()) == pytest.approx(best, rel=1e-5)
+    assert made.rows[NAME].lost == pytest.approx(best, rel=1e-5) and made.rows[NAME].norm == pytest.approx(float(values.norm()), rel=1e-5)
+
+
 def test_one_angle_for_whole_adapters():
     rng = random.Random(4)
     names = ["unet.a", "unet.b", "unet.c"]

@@ -108,6 +108,8 @@ def test_orthogonal_without_a_layer_and_of_three():
     close(total(methods.orthogonal([A, None], [1.0, 1.0])), [[2.0, 0.0], [0.0, 0.0]])
     first, second, third = product([[1.0, 0, 0]]), product([[5.0, 1, 0]]), product([[6.0, 7, 1]])
     close(total(methods.orthogonal([first, second, third], [1.0, 1.0, 1.0])), [[1.0, 1.0, 1.0]])
+    nothing = A.scaled(0)
+    close(total(methods.orthogonal([nothing, nothing, B], [1.0, 1.0, 1.0], "either")), [[0.0, 0.0], [1.0, 4.0]])
     doubled = Product(torch.cat([A.up, A.up], 1), torch.cat([A.down, A.down]), A.shape)  # no more directions than before
     close(total(methods.orthogonal([doubled, B], [0.0, 1.0])), [[0.0, 0.0], [0.0, 4.0]])
 

@@ -66,9 +66,10 @@ class Merger:
             return None
         largest = max(abs(weights[index]) * changes[index].norm() for index in live)
         ranks = tuple(None if change is None else change.rank for change in changes)
-        keep = self._keep(max(rank for rank in ranks if rank is not None))
+        wanted = self._rank(max(rank for rank in ranks if rank is not None))
+        keep = self._keep(wanted)
         if self.method.kind.dense:
-            found = lowrank.dense_spectrum(self._dense(name, [changes[i] for i in live], [weights[i] for i in live]))
+            found = lowrank.dense_spectrum(self._dense(name, [changes[i] for i in live], [weights[i] for i in live]), wanted)
         else:
             terms = [term for term in self._terms(changes, weights, live) if term.weight != 0]
             if keep is None and (whole := self._whole(terms, layers, changes)) is not None:
@@ -78,7 +79,8 @@ class Merger:
         if not live_values:
             return None
         found = found._replace(left=found.left[:, :live_values], values=found.values[:live_values], right=found.right[:live_values])
-        rank, norm = live_values if keep is None else min(keep(found), live_values), float(found.values.double().norm())
+        rank = live_values if keep is None else min(keep(found), live_values)
+        norm = math.sqrt(float(found.values.double().square().sum()) + found.rest)
         return self._told(name, lowrank.layer_of(found.truncated(rank)), weights, ranks, norm, norm * found.error(rank))
 
     def _told(self, name: str, layer: LoraLayer, weights: tuple[float, ...], ranks: tuple, norm: float, lost: float) -> LoraLayer:
@@ -86,15 +88,19 @@ class Merger:
         self.rows[name] = Row(name, weights, ranks, layer.rank, norm, lost, numbers)
         return layer
 
-    def _keep(self, largest: int) -> Keep | None:
-        """None keeps all. `largest` is the highest rank of the inputs."""
+    def _rank(self, largest: int) -> int | None:
+        """The rank to be kept, None where another measure decides. `largest` is the highest rank of the inputs."""
         if self.size.rank is not None:
-            return lowrank.keep_rank(self.size.rank)
+            return self.size.rank
+        return largest if self.method.name in TRUNCATED and not self.size.given else None
+
+    def _keep(self, rank: int | None) -> Keep | None:
+        """None keeps all."""
+        if rank is not None:
+            return lowrank.keep_rank(rank)
         if self.size.energy is not None:
             return lowrank.keep_energy(self.size.energy)
-        if self.size.error is not None:
-            return lowrank.keep_error(self.size.error)
-        return lowrank.keep_rank(largest) if self.method.name in TRUNCATED else None
+        return lowrank.keep_error(self.size.error) if self.size.error is not None else None
 
     def _terms(self, changes: Sequence[Product | None], weights: Sequence[float], live: Sequence[int]) -> list[methods.Term]:
         name, options = self.method.name, asdict(self.method.options)

@@ -134,20 +134,25 @@ def orthogonal(
 def _freed(change: Product, others: Sequence[Product], remove: str) -> Product:
     found = [lowrank.spectrum(Product(other.up.double(), other.down.double(), other.shape)) for other in others]
     ranks = [one.numerical_rank() for one in found]
-    left = _basis(torch.cat([one.left[:, :rank] for one, rank in zip(found, ranks, strict=True)], dim=1).T).T
-    right = _basis(torch.cat([one.right[:rank] for one, rank in zip(found, ranks, strict=True)]))
     up, down = change.up.double(), change.down.double()
-    outputs, inputs = left @ (left.T @ up), (down @ right.T) @ right  # the parts in the others' spaces
+    if remove != "inputs":
+        left = _basis([one.left[:, :rank].T for one, rank in zip(found, ranks, strict=True)]).T
+        outputs = left @ (left.T @ up)  # the part in the others' space
+    if remove != "outputs":
+        right = _basis([one.right[:rank] for one, rank in zip(found, ranks, strict=True)])
+        inputs = (down @ right.T) @ right
     if remove == "both":
         return lowrank.stacked([Product(up, down, change.shape), Product(-outputs, inputs, change.shape)])
-    up = up - outputs if remove in ("outputs", "either") else up
-    return Product(up, down - inputs if remove in ("inputs", "either") else down, change.shape)
+    return Product(up - outputs if remove != "inputs" else up, down - inputs if remove != "outputs" else down, change.shape)
 
 
-def _basis(rows: Tensor) -> Tensor:
-    """Orthonormal rows of the space that unit rows span."""
-    _, values, found = torch.linalg.svd(rows, full_matrices=False)
-    return found[values > lowrank.EXACT]
+def _basis(spaces: Sequence[Tensor]) -> Tensor:
+    """Orthonormal rows of the space that several sets of orthonormal rows span."""
+    if len(spaces) == 1:
+        return spaces[0]
+    columns, core = torch.linalg.qr(torch.cat(list(spaces)).T)
+    turned, values, _ = torch.linalg.svd(core)
+    return (columns @ turned[:, : len(values)][:, values > lowrank.EXACT]).T
 
 
 # ---- on dense matrices ----
