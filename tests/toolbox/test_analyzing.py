@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -163,3 +165,15 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="name another folder"):
         analyze(compose("lora_analyze", [f"lora={path}", f"out={tmp_path}/file"]))
+
+
+def test_no_network_is_needed(tmp_path):
+    path = saved(tmp_path / "a.safetensors", {TO_Q: diagonal([3.0, 4.0], 96, 96)})
+    code = (
+        "import sys; from charforgex.toolbox import analyzing, decomposing, directions; from charforgex.config import compose;"
+        "assert 'torch' not in sys.modules;"
+        f"analyzing.analyze(compose('lora_analyze', ['lora={path}', 'base=charworld']));"
+        f"decomposing.decompose(compose('lora_decompose', ['lora={path}', 'keep=0', 'out={tmp_path}/b.safetensors']));"
+        "assert not {'diffusers', 'transformers', 'peft', 'lightning'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
