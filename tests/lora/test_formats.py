@@ -255,8 +255,8 @@ def test_half_a_layer_two_spellings_and_dora_are_refused(family, parts, lora):
         formats.from_tensors({k: v for k, v in tensors.items() if k != key}, {}, family, config)
     with pytest.raises(LoraError, match="twice under two spellings"):
         formats.from_tensors(tensors | {"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": tensors[key]}, {}, family, config)
-    with pytest.raises(LoraError, match=r"proj_in: its dora_scale \(1, 8\) is of columns"):
-        formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(1, 8)}, {}, family, config)
+    with pytest.raises(LoraError, match=r"proj_in: DoRA's magnitude must have a value for each of the 8 outputs, .* the shape \(7,\)"):
+        formats.from_tensors(tensors | {key.replace("lora_up.weight", "dora_scale"): torch.ones(1, 7)}, {}, family, config)
     settings = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
     with pytest.raises(LoraError, match=r"unet\.use_dora"):
         formats.from_tensors(writing.to_tensors(lora, "diffusers", family, config, torch.float16), settings, family, config)

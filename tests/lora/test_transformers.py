@@ -201,9 +201,10 @@ def test_dora_scales():
     joined = writing.to_tensors(
         every_layer(family, family.tiny(), ["transformer_blocks.0.attn.to_q"]), "kohya", family, config, torch.float32
     )
-    joined["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] = torch.ones(96, 1)
-    with pytest.raises(LoraError, match="joins several"):
-        formats.from_tensors(joined, {}, family, config)
+    joined["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"] = torch.arange(96.0)[:, None]
+    parts = formats.from_tensors(joined, {}, family, config).of("transformer")
+    assert list(parts) == [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    assert torch.cat([layer.magnitude for layer in parts.values()]).tolist() == list(range(96))
 
 
 def test_onetrainers_flux_files():

@@ -109,6 +109,11 @@ def load_adapter(parts: Components, lora: Lora, name: str, scale: float = 1.0, d
     missing = [component for component in lora.components() if component not in parts]
     if missing:
         raise LoraError(f"The adapter changes {some(missing)}, which {parts.source} has not loaded; it has {', '.join(parts.networks())}.")
+    if by_input := [name for name, layer in lora.layers.items() if getattr(layer, "is_by_input", False)]:
+        raise LoraError(
+            f"{len(by_input)} layers are DoRA by inputs, as OneTrainer has it, which peft does not: {some(by_input)}. "
+            "Convert it to LoRA first: charforgex lora convert <file> out=<file.safetensors> kind=lora rank=64 base_weights=<its base>"
+        )
     plan: dict[str, dict[str, Layer]] = {}
     left_over, misfits = [], []
     for component in lora.components():

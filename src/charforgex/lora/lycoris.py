@@ -90,7 +90,7 @@ def layer_of(sides: Mapping[str, Tensor], alpha: float | None) -> Layer:
     if prefix is None:
         down, up = _whole_down(factors), factors["up"]
         alpha = float(down.shape[0] if down.ndim else 1) if alpha is None else alpha
-        return LoraLayer(down, up, alpha, _magnitude(scale, len(up)) if scale else None)
+        return LoraLayer(down, up, alpha, _magnitude(scale, down, up) if scale else None)
     missing = {"w1_a", "w1_b", "w2_a", "w2_b"} - factors.keys() if prefix == "hada_" else set()
     strange = factors.keys() - set(PARTS[prefix])
     if missing or strange or scale:
@@ -145,6 +145,8 @@ def swapped(layer: Layer) -> Layer:
 def _rows(layer: Layer, rows: Sequence[int]) -> Layer:
     rows = torch.tensor(rows)
     if isinstance(layer, LoraLayer):
+        if layer.is_by_input:
+            raise LoraError("DoRA by inputs takes norms over all rows of a weight, which are several modules here.")
         return replace(layer, up=layer.up[rows], magnitude=None if layer.magnitude is None else layer.magnitude[rows])
     if isinstance(layer, LohaLayer):
         return replace(layer, w1_a=layer.w1_a[rows], w2_a=layer.w2_a[rows])
@@ -157,14 +159,13 @@ def _rows(layer: Layer, rows: Sequence[int]) -> Layer:
     return replace(layer, **{name: one[chosen]})
 
 
-def _magnitude(sides: Mapping[str, Tensor], out: int) -> Tensor:
-    """(out,). A dora_scale is (out, 1[, 1, 1]); early versions of LyCORIS had (1, in[, 1, 1]), the norms of columns."""
+def _magnitude(sides: Mapping[str, Tensor], down: Tensor, up: Tensor) -> Tensor:
+    """(out,) of a dora_scale (out, 1[, 1, 1]); (1, in) of one (1, in[, 1, 1])."""
     if "magnitude" in sides:
         return sides["magnitude"].flatten()
     scale = sides["dora_scale"]
-    if scale.ndim > 1 and scale.shape[0] != out:
-        raise LoraError(f"its dora_scale {tuple(scale.shape)} is of columns; only DoRA of rows, ({out}, 1), can be read.")
-    return scale.flatten()
+    by_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() == down.shape[1] and (len(up) != 1 or scale.numel() != 1)
+    return scale.view(1, -1) if by_input else scale.flatten()
 
 
 def tensors_of(layers: Mapping[str, Layer], format: str, alone: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -182,10 +183,13 @@ def tensors_of(layers: Mapping[str, Layer], format: str, alone: Mapping[str, str
             value = value.detach().cpu()
             if part == "magnitude":
                 convolved = layer.down.ndim == 4
+                if layer.is_by_input and format == "diffusers":
+                    raise LoraError(f"{name} is DoRA by inputs, as OneTrainer has it, which the format diffusers cannot hold; write kohya.")
                 if format == "diffusers":
                     tensors[module + ".lora_magnitude_vector"] = value.float().view(1, -1, 1, 1) if convolved else value.float()
                 else:
-                    tensors[module + ".dora_scale"] = value.float().view(-1, *[1] * (3 if convolved else 1))
+                    shape = (1, -1) if layer.is_by_input else (-1, 1)
+                    tensors[module + ".dora_scale"] = value.float().view(*shape, *[1] * (2 if convolved else 0))
             else:
                 tensors[module + (prefix + part if prefix else ends[part])] = value.to(dtype).contiguous()
         if format == "kohya":

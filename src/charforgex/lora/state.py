@@ -89,6 +89,7 @@ class LoraLayer(Layer):
     """W becomes W + alpha / rank * up @ down (Hu et al. 2021). down is (r, in[, kh, kw]), up is (out, r[, 1, 1]).
 
     With a `magnitude` (out,) it becomes magnitude * V / |V| with V the above and |V| the norm of each of its rows (DoRA, Liu et al. 2024).
+    OneTrainer and early versions of LyCORIS take the norm of all that reads one input instead, and have a `magnitude` (1, in).
     """
 
     down: Tensor
@@ -100,14 +101,20 @@ class LoraLayer(Layer):
         down, up = tuple(self.down.shape), tuple(self.up.shape)
         if len(down) not in (2, 4) or len(up) != len(down) or up[1] != down[0] or up[2:] not in ((), (1, 1)) or down[0] == 0:
             raise LoraError(f"down {down} and up {up} are no factors of one layer: (r, in[, kh, kw]) and (out, r[, 1, 1]) are.")
-        if self.magnitude is not None and tuple(self.magnitude.shape) != up[:1]:
+        if self.magnitude is not None and tuple(self.magnitude.shape) not in (up[:1], (1, down[1])):
             raise LoraError(
-                f"DoRA's magnitude must have a value for each of the {up[0]} outputs; it has the shape {tuple(self.magnitude.shape)}."
+                f"DoRA's magnitude must have a value for each of the {up[0]} outputs, or as (1, {down[1]}) for each of the inputs; "
+                f"it has the shape {tuple(self.magnitude.shape)}."
             )
 
     @property
     def kind(self) -> str:
         return "lora" if self.magnitude is None else "dora"
+
+    @property
+    def is_by_input(self) -> bool:
+        """Whether it is DoRA of columns, which peft and diffusers do not have."""
+        return self.magnitude is not None and self.magnitude.ndim == 2
 
     @property
     def rank(self) -> int:
@@ -134,8 +141,9 @@ class LoraLayer(Layer):
         if self.magnitude is None:
             return self.delta()
         moved = weight.float() + self.delta()
-        gain = self.magnitude.float() / torch.linalg.norm(moved.flatten(1), dim=1)
-        return moved * gain.view(-1, *[1] * (moved.ndim - 1)) - weight.float()
+        over = [0, *range(2, moved.ndim)] if self.is_by_input else [*range(1, moved.ndim)]
+        norm = torch.linalg.vector_norm(moved, dim=over, keepdim=True)
+        return moved * (self.magnitude.float().view(norm.shape) / norm) - weight.float()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LoraLayer:
         """Magnitudes stay as they are: rounding them would move the whole weight, not just what was learnt."""
