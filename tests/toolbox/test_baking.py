@@ -190,6 +190,8 @@ def test_a_dry_run_tells_and_writes_nothing(home, tmp_path):
     here = home("flux")
     config = {"lora": str(here / "lora.safetensors"), "base": str(here / "base")}
     told = bake(config | {"dry_run": True})
+    embedded = bake(config | {"base": "charworld", "dry_run": True})  # of the LoRA's family, in float16
+    assert embedded["components"]["transformer"]["change"] == pytest.approx(told["components"]["transformer"]["change"], rel=1e-3)
     assert told == bake(config | {"out": str(tmp_path / "baked")}) | {"out": None}
 
 

@@ -76,3 +76,6 @@ def test_files_of_one_part(tmp_path):
         find(str(tmp_path / "strange.safetensors"))
     with pytest.raises(ModelError, match="embedded for every family"):
         find("charworld")
+    unknown = next(base for base in map(bases.get, bases.names()) if base.family not in registry.FAMILIES)
+    with pytest.raises(ModelError, match=f"Of {unknown.family} only LoRA files are understood"):
+        find(str(encoder), like=unknown)

@@ -80,7 +80,7 @@ def bake(cfg: DictConfig) -> dict[str, Any]:
             check_out(settings.out, weights, settings.overwrite)
         baker = Baker(weights.base, files, settings.strengths, names)
         baker.check(weights)
-        told = {"base": str(weights.path), "bases_name": weights.base.name, "out": None, "left_out": []}
+        told = {"source": str(weights.path), "base": weights.base.name, "out": None, "left_out": []}
         if settings.dry_run:
             for part in weights.parts:
                 for _ in baker.spans(part, record=True):

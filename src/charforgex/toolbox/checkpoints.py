@@ -139,6 +139,8 @@ def find(source: str, like: Base | None = None) -> Weights:
 
     Raises ModelError for a source that is none, or whose denoiser is none that can be understood.
     """
+    if like and like.family not in registry.FAMILIES:
+        raise ModelError(f"Of {like.family} only LoRA files are understood, not checkpoints; those of {', '.join(registry.FAMILIES)} are.")
     if str(source) == EMBEDDED and like is None:
         raise ModelError(f"{EMBEDDED} is embedded for every family; give the folder of one.")
     family = like.spelling if like else None
@@ -220,14 +222,14 @@ def _file(path: Path, like: Base | None) -> Weights:
         raise ModelError(f"{path} is a GGUF, whose packed weights stay as they are; take the .safetensors that it was made from.")
     header = layouts.read_header(path)
     layouts.refuse_others(header)
-    listed = [bases.get(name) for name in bases.names() if like is None or bases.get(name).family == like.family]
+    families = [like.family] if like else list(registry.FAMILIES)
+    listed = [bases.get(name) for name in bases.names() if bases.get(name).family in families]
     candidates = [like, *(base for base in listed if base is not like)] if like else listed
     found = {base.name: _places(base, header) for base in candidates}
     base = max(candidates, key=lambda one: len(found[one.name]))
     places = found[base.name]
     if not places:
-        families = like.family if like else ", ".join(registry.FAMILIES)
-        raise ModelError(f"{path} holds no base of {families} that is listed ({spell(list(header.shapes)) or 'no tensors'}).")
+        raise ModelError(f"{path} holds no base of {', '.join(families)} that is listed ({spell(list(header.shapes)) or 'no tensors'}).")
     start = base.spelling.denoiser_name + "."
     wanted = {name for name in base.shapes if name.startswith(start)}
     if wanted & places.keys() and wanted - places.keys():

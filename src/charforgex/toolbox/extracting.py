@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from charforgex.families.originals import Original
+    from charforgex.lora.lowrank import Product, Spectrum
     from charforgex.lora.state import LoraLayer
     from charforgex.toolbox.checkpoints import Part, Weights
 
@@ -143,31 +144,12 @@ class Extraction:
         norm = float(change.norm())
         if not math.isfinite(norm):
             raise ModelError(f"{name} of {self.tuned.path} and {self.base.path} differ by values that are not finite.")
-        kept, exact = self._kept(name, change, norm)
+        kept, exact = decomposed(change, self.settings.most, self.settings.budget, name)
         layer = layer_of(kept)
         dtype = getattr(torch, self.settings.dtype)
         lost = float((change - layer.map(lambda x: x.to(dtype).float()).delta().view_as(change)).norm())
         self.rows[name] = Row(layer.rank, norm, lost, exact)
         return layer
-
-    def _kept(self, name: str, change: Tensor, norm: float):
-        """The product that stands for the change, and whether all directions were looked at."""
-        from charforgex.draws import torch_generator
-        from charforgex.lora.lowrank import SPARE, dense_spectrum, keep_error, keep_rank, leading_spectrum
-
-        most, budget = self.settings.most, self.settings.budget
-
-        def cut(found):
-            rank = keep_rank(most)(found) if budget is None else keep_error(budget)(found)
-            return found.truncated(rank if most is None else min(rank, most))
-
-        wanted = most or PROBE
-        if CHEAPER * (wanted + SPARE) <= min(change.shape[0], change[0].numel()):
-            found = leading_spectrum(change, wanted, torch_generator("extract", name))
-            kept = None if found is None else cut(found)
-            if kept is not None and (budget is None or kept.rank == most or float((change - kept.dense()).norm()) <= budget * norm):
-                return kept, False
-        return cut(dense_spectrum(change)), True
 
     def check(self) -> None:
         """Raises LoraError if nothing differs. Once all layers were asked for."""
@@ -186,6 +168,28 @@ class Extraction:
             "exact": sum(row.exact for row in rows),
             "dry_run": self.settings.dry_run,
         }
+
+
+def decomposed(change: Tensor, most: int | None, budget: float | None, key: str) -> tuple[Product, bool]:
+    """The best product for a dense change: of `most` directions, or as few as lack at most the share `budget` of it, or both.
+
+    Whether all directions were looked at comes with it. The leading ones are, many times as fast, where they are few for the weight's
+    size; if they do not settle or do not meet the budget, all are. `key` is of the random start.
+    """
+    from charforgex.draws import torch_generator
+    from charforgex.lora.lowrank import SPARE, dense_spectrum, keep_error, keep_rank, leading_spectrum
+
+    def cut(found: Spectrum) -> Product:
+        rank = keep_rank(most)(found) if budget is None else keep_error(budget)(found)
+        return found.truncated(rank if most is None else min(rank, most))
+
+    wanted = most or PROBE
+    if CHEAPER * (wanted + SPARE) <= min(change.shape[0], change[0].numel()):
+        found = leading_spectrum(change, wanted, torch_generator("extract", key))
+        kept = None if found is None else cut(found)
+        if kept is not None and (budget is None or kept.rank == most or (change - kept.dense()).norm() <= budget * change.norm()):
+            return kept, False
+    return cut(dense_spectrum(change)), True
 
 
 def difference(base: tuple[Part, Original], tuned: tuple[Part, Original]) -> Tensor | None:
