@@ -310,6 +310,19 @@ def merge_error(setup: Setup) -> float:
     return mine / best - 1
 
 
+def smaller(setup: Setup) -> dict[str, dict[str, float]]:
+    """What a file of random factors weighs in each kind of codes, as a share of float16, and the relative error of its changes."""
+    from charforgex.toolbox.quantizing import quantize
+
+    table = {}
+    for kind in ("fp8", "int8", "nf4"):
+        with contextlib.redirect_stdout(sys.stderr):
+            told = quantize({"lora": str(setup.path(0)), "out": f"{setup.folder}/{kind}.safetensors", "kind": kind})
+        table[kind] = {"size": told["bytes"] / told["bytes_before"], "error": told["error"]}
+        print(f"{setup.base:<15} {kind:<14} {table[kind]['size']:10.3f} of the size, error {table[kind]['error']:.4f}", flush=True)
+    return table
+
+
 def measure(setup: Setup, rounds: int) -> tuple[dict[str, float], dict[str, dict]]:
     """Ratios without the family's name, and what was measured. Ours runs in every round, before and after theirs."""
     make_files(setup)
@@ -336,6 +349,7 @@ def measure(setup: Setup, rounds: int) -> tuple[dict[str, float], dict[str, dict
     with contextlib.redirect_stdout(sys.stderr):
         merge(setup, "float32", "merged_float32")
     ratios["merge_error"] = merge_error(setup)
+    table["quantized"] = smaller(setup)
     table["files"] = {
         path.stem: path.stat().st_size for path in sorted(Path(setup.folder).glob("*.safetensors")) if "kohya" not in path.stem
     }

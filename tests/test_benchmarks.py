@@ -166,11 +166,13 @@ def test_quick_lora_reports_ratios_of_files_and_names_what_it_skips():
     assert set(report["ratios"]) == {f"{name}.sdxl" for name in wanted}
     assert set(report["skipped"]) == {"merge_vs_kohya.sdxl", "resize_vs_kohya.sdxl"}
     values = report["values"]["sdxl"]
-    seconds = {name: told["cpu_seconds"] for name, told in values.items() if name != "files"}
+    jobs = {name: told for name, told in values.items() if name not in ("files", "quantized")}
+    seconds = {name: told["cpu_seconds"] for name, told in jobs.items()}
     assert report["ratios"]["merge_vs_peft_svd.sdxl"] == pytest.approx(seconds["merge"] / seconds["peft_merge"])
-    assert all(told["peak_bytes"] > 50e6 and told["cpu_seconds"] > 0 for name, told in values.items() if name != "files")
+    assert all(told["peak_bytes"] > 50e6 and told["cpu_seconds"] > 0 for told in jobs.values())
     assert seconds["svd_resize"] > max(values["svd_resize"]["seconds"].values()), "each shape counts as often as modules have it"
     assert abs(report["ratios"]["merge_error.sdxl"]) < 1e-5, "of the best of its rank; no matter of speed"
+    assert values["quantized"]["nf4"]["size"] < values["quantized"]["int8"]["size"] < 0.7 and values["quantized"]["int8"]["error"] < 0.02
     assert values["files"]["resized"] < 0.6 * values["files"]["0"] and values["files"]["merged"] < 1.1 * values["files"]["0"]
 
 

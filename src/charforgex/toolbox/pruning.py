@@ -113,23 +113,23 @@ def without_layers(opened: Opened, settings: Settings):
 
 
 def changed_layers(opened: Opened, settings: Settings):
-    from charforgex.toolbox.resizing import cutting, singular_values
+    from charforgex.toolbox.resizing import cutting, singular_values, unchanged
     from charforgex.toolbox.shrinking import Row, Shrinking, distance
 
     format = settings.format or opened.format
     if settings.directions is not None:
-        values = singular_values(Shrinking(opened, format, lambda weight: (weight.change, 0.0)))
+        values = singular_values(Shrinking(opened, format, unchanged))
         least = settings.directions * max(mine[0] for mine in values.values())
         kept = {names: sum(value >= least for value in mine) for names, mine in values.items()}
         weights = Shrinking(opened, format, cutting(lambda weight, _: kept[weight.names]))
         return weights.get, weights.rows, {}
     refactored: dict[str, Row] = {}
 
-    def change(weight: Weight) -> tuple[Product, float]:
+    def change(weight: Weight) -> tuple[Product, float, float]:
         left, changed = without_small(weight.change, settings.magnitude, settings.rank or weight.change.rank)
         lost = float((left.double() - changed.dense().double()).norm())
         refactored[weight.label] = Row(weight.change.rank, changed.rank, float(left.double().norm()), lost)
-        return changed, distance(weight.change, changed)
+        return changed, weight.change.norm(), distance(weight.change, changed)
 
     weights = Shrinking(opened, format, change)
     return weights.get, weights.rows, {"refactored": refactored}

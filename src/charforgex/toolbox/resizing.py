@@ -86,7 +86,7 @@ def shrunk_weights(opened: Opened, settings: Settings) -> Shrinking:
     format, names, criterion = settings.format or opened.format, opened.names, settings.criterion
     most = lowrank.keep_rank(settings.rank) if settings.rank is not None else lambda found: found.numerical_rank()
     if criterion == "total_error":
-        plan = budget(Shrinking(opened, format, _unchanged), settings.total_error)
+        plan = budget(Shrinking(opened, format, unchanged), settings.total_error)
 
         def keep(weight: Weight, found: Spectrum) -> int:
             return min(plan[weight.names], most(found))
@@ -107,16 +107,17 @@ def cutting(keep):
     """A change for `Shrinking`: the directions whose number `keep` says; of a layer that has none left, nothing."""
     from charforgex.lora.lowrank import spectrum
 
-    def change(weight: Weight) -> tuple[Product | None, float]:
+    def change(weight: Weight) -> tuple[Product | None, float, float]:
         found = spectrum(weight.change)
-        rank = keep(weight, found)
-        return (found.truncated(rank) if rank else None), float(found.values[rank:].double().norm())
+        rank, values = keep(weight, found), found.values.double()
+        return (found.truncated(rank) if rank else None), float(values.norm()), float(values[rank:].norm())
 
     return change
 
 
-def _unchanged(weight: Weight) -> tuple[Product, float]:
-    return weight.change, 0.0
+def unchanged(weight: Weight) -> tuple[Product, float, float]:
+    """What a pass over the weights changes that only looks at them."""
+    return weight.change, weight.change.norm(), 0.0
 
 
 def singular_values(weights: Shrinking) -> dict[tuple[str, ...], Sequence[float]]:

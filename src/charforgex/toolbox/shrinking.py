@@ -81,13 +81,13 @@ def check_plain(opened: Opened, tool: str) -> None:
 
 
 class Shrinking:
-    """The layers of one file, each weight changed by `change`, which gives the new product, or None to leave it out, and what was lost.
-
-    `values` by our names: layers with different ones are not changed together. `rows` has what became of each weight that was asked for.
+    """The layers of one file, each weight changed by `change`: it gives the new product, or None to leave it out, the norm of the old one,
+    and what of that was lost. `values` by our names: layers with different ones are not changed together. `rows` has what became of each
+    weight that was asked for.
     """
 
     def __init__(
-        self, opened: Opened, format: str, change: Callable[[Weight], tuple[Product | None, float]],
+        self, opened: Opened, format: str, change: Callable[[Weight], tuple[Product | None, float, float]],
         values: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.file, self.change, self.values = opened.files[0], change, values or {}
@@ -110,9 +110,9 @@ class Shrinking:
         if self._last[0] != names:
             layers: dict[str, Layer] = {}
             for weight in self._weights(names):
-                changed, lost = self.change(weight)
+                changed, norm, lost = self.change(weight)
                 rank = 0 if changed is None else changed.rank
-                self.rows[weight.label] = Row(weight.change.rank, rank, weight.change.norm(), lost)
+                self.rows[weight.label] = Row(weight.change.rank, rank, norm, lost)
                 layers |= {} if changed is None else weight.layers(changed)
             self._last = names, layers
         return self._last[1].get(name)
