@@ -18,7 +18,6 @@ from charforgex.lora.state import LohaLayer, LoraLayer
 from charforgex.toolbox import checkpoints
 from charforgex.toolbox.baking import bake
 from charforgex.types import Crop
-from tests.families.conftest import write_header
 from tests.toolbox.bases_on_disk import folder_of, layer_for, lora_for, single_of
 
 DENOISER = {"sdxl": "unet", "flux": "transformer", "sd3": "transformer"}
@@ -226,8 +225,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(home, tmp_path):
     with pytest.raises(ModelError, match=r"base\.gguf is a GGUF"):
         bake(config | {"base": str(tmp_path / "base.gguf")})
     with pytest.raises(ModelError, match=r"as I8, which is quantised"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in load_file(alone).items()}
-        write_header(tmp_path / "int8.safetensors", shapes, dtype="I8")
+        save_file({key: tensor.to(torch.int8) for key, tensor in load_file(alone).items()}, tmp_path / "int8.safetensors")
         bake(config | {"base": str(tmp_path / "int8.safetensors"), "components": ["transformer"]})
     with pytest.raises(ModelError, match=r"most like charworld_flux, and lacks weights of its size: transformer\.x_embedder"):
         tensors = load_file(file)
@@ -239,6 +237,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(home, tmp_path):
         strong = lora_for("flux", tmp_path / "s.safetensors", pick=lambda n: n.endswith("img_in") or "x_embedder" in n,
                           make=lambda shape, rank, seed: layer_for(shape, rank, seed, 1e6))  # fmt: skip
         bake(config | {"lora": str(strong), "base": str(tmp_path / "half.safetensors")})
+    with pytest.raises(ModelError, match=r"lies\.safetensors is damaged"):
+        header = json.dumps({"a.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 8]}}).encode()
+        (tmp_path / "lies.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        bake(config | {"base": str(tmp_path / "lies.safetensors")})
     assert not out.exists()
     assert not [path for path in tmp_path.rglob(".tmp-*")]
 

@@ -7,6 +7,7 @@ several, so it is read and replaced for itself.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,7 +189,20 @@ def _headers(source: Source, component: str) -> list[list[Header]]:
     for paths in [*shards, *([path] for path in sorted(folder.glob("*.safetensors")) if path not in sharded)]:
         if paths not in found:
             found.append(paths)
-    return [[layouts.read_header(path) for path in paths] for paths in found]
+    return [[_header(path) for path in paths] for paths in found]
+
+
+def _header(path: Path) -> Header:
+    """Raises ModelError also for offsets that do not fit the shapes or each other, by which all is read and written."""
+    header = layouts.read_header(path)
+    with path.open("rb") as file:
+        at = 8 + int.from_bytes(file.read(8), "little")
+    for key, (start, end) in sorted(header.offsets.items(), key=lambda item: item[1]):
+        dtype = DTYPES.get(header.dtypes[key])
+        if start != at or end < start or (dtype and end - start != math.prod(header.shapes[key]) * dtype.itemsize):
+            raise ModelError(f"{path} is damaged: {key} does not lie where its header says; download or copy it again.")
+        at = end
+    return header
 
 
 def _base_of(family: Family, shapes: Shapes, path: Path) -> Base:
@@ -220,7 +234,7 @@ def _part(base: Base, component: str, header: Header) -> Part:
 def _file(path: Path, like: Base | None) -> Weights:
     if path.suffix == layouts.GGUF:
         raise ModelError(f"{path} is a GGUF, whose packed weights stay as they are; take the .safetensors that it was made from.")
-    header = layouts.read_header(path)
+    header = _header(path)
     layouts.refuse_others(header)
     families = [like.family] if like else list(registry.FAMILIES)
     listed = [bases.get(name) for name in bases.names() if bases.get(name).family in families]
