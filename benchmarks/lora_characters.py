@@ -1,4 +1,4 @@
-"""Two characters in one LoRA: what becomes of both when their LoRAs are loaded together, merged or distilled. Writes into docs/lora.md.
+"""Two characters in one LoRA: what becomes of both when their LoRAs are loaded together, merged or distilled. Writes into docs/toolbox.md.
 
     python benchmarks/lora_characters.py            trains LoRAs of two characters on the embedded SDXL base, then compares (20 minutes)
     python benchmarks/lora_characters.py --quick    20 steps each and 4 pictures, nothing written: a look
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, PICTURE = ROOT / "docs/lora.md", ROOT / "docs/images/lora_characters.png"
+PAGE, PICTURE = ROOT / "docs/toolbox.md", ROOT / "docs/images/lora_characters.png"
 BEGIN, END = "<!-- characters: written by benchmarks/lora_characters.py -->", "<!-- end of characters -->"
 NUMBERS, WORDS, STRANGERS = (0, 1), ("mivozu", "takolo"), range(2, 22)
 REFERENCES, SHOWN = 24, 4
@@ -149,14 +149,12 @@ def merged(loras: Sequence[Path], folder: Path) -> dict[str, Path]:
 
 
 def distilled(loras: Sequence[Path], folder: Path, steps: int | None) -> tuple[Path, dict]:
-    from charforgex.config import compose
-    from charforgex.overrides import as_overrides
-    from charforgex.training.distilling import distill
+    import charforgex
 
     out = folder / "distilled.safetensors"
     settings = {"lora": [str(path) for path in loras], "out": str(out), "rank": 16, "together": False, "overwrite": True}
     settings |= {"steps": steps, "count": 8} if steps else {}
-    return out, distill(compose("lora_distill", as_overrides(settings)))
+    return out, charforgex.lora_tool("distill", **settings)
 
 
 def table(people: Sequence[Person], bench: Bench, rows: dict[str, list[dict]], sizes: dict[str, str]) -> str:
@@ -195,7 +193,7 @@ Distilling took {told["seconds"] / 60:.1f} minutes for {told["steps"]} steps; th
 
 def put(text: str) -> None:
     """Between the markers of the page, or at its end."""
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Tools for LoRA files\n"
+    page = PAGE.read_text(encoding="utf-8")
     if BEGIN in page:
         before, rest = page.split(BEGIN, 1)
         page = before + text + rest.split(END, 1)[1]
