@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def lokr(shape, rank, seed):
 def dora(shape, rank, seed):
     down, up = drawn(rank, *shape[1:], seed=seed), drawn(shape[0], rank, *([1, 1] if len(shape) == 4 else []))
     return LoraLayer(down, up, 1.0, drawn(shape[0]).abs() + 1)
+
+
+def dora_by_inputs(shape, rank, seed):
+    """OneTrainer's."""
+    return replace(dora(shape, rank, seed), magnitude=drawn(1, shape[1], seed=seed).abs() + 1)
 
 
 def near(one, other, error):
@@ -93,9 +99,10 @@ def test_what_is_left_out_is_the_least_there_can_be_and_is_told(tmp_path):
     assert max(told["ranks"]) > 5
 
 
-def test_dora_becomes_what_it_changes_of_its_base(tmp_path):
+@pytest.mark.parametrize("make", [dora, dora_by_inputs])
+def test_dora_becomes_what_it_changes_of_its_base(make, tmp_path):
     folder, base = folder_of("sdxl", tmp_path / "base"), bases.get("charworld_sdxl")
-    path = lora_for("sdxl", tmp_path / "a.safetensors", rank=2, pick=lambda name: name == FEW[0], make=dora)
+    path = lora_for("sdxl", tmp_path / "a.safetensors", rank=2, pick=lambda name: name == FEW[0], make=make)
     out = tmp_path / "b.safetensors"
     with pytest.raises(LoraError, match=r"1 layers are DoRA, .*Say base_weights="):
         run(path, out, "kind=lora", "rank=4")

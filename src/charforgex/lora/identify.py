@@ -41,10 +41,11 @@ def identify(keys: Iterable[str]) -> str:
 
 
 UNREADABLE = {  # how keys end, or begin, of what is no adapter that can be read -> what it is
-    r"\.lora_B\.bias$|\.norm\.(query|key)_norm\.scale$": (
+    r"\.norm\.(query|key)_norm\.scale$": (
         "a control LoRA of Black Forest Labs (FLUX.1 Canny or Depth): with biases, norms and a wider img_in, it is for a base that reads "
         "pictures besides text, which none here is"
     ),
+    r"\.lora_B\.bias$": "biases beside the factors (peft's lora_bias), which no adapter here has",
     r"\.diff(_b)?$": "full changes of weights (LyCORIS' full, or norms and biases): only products of factors are adapters here",
     r"\.oft_blocks$|\.oft_diag$|\.oft_R\b": "OFT or BOFT, which turns weights instead of adding to them",
     r"\.[ab][12]\.weight$": "GLoRA",
