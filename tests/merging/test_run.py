@@ -1,6 +1,8 @@
 """The command from end to end: files of different formats in, one file with its lineage out."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,15 @@ def test_rslora_is_as_strong_as_it_was_trained(make):
     save_file(tensors, "rs.safetensors", metadata | {"lora_adapter_metadata": json.dumps(header)})
     charforgex.merge(lora=["rs.safetensors", "same.safetensors"], weights=[1.0, 1.0], out="both.safetensors")
     same(deltas(read("both.safetensors")), {name: 3 * change for name, change in deltas(lora).items()})  # sqrt(4) + 1
+
+
+def test_no_library_of_base_models_is_needed(make):
+    first, _ = make("a", choose=lambda name: name.endswith("to_q"))
+    code = (
+        f"import sys, charforgex; charforgex.merge(lora=['{first}', '{first}'], method='ties', out='c.safetensors');"
+        "assert not {'diffusers', 'transformers', 'peft', 'lightning'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_sweeps_make_files_of_their_own(make, capsys):

@@ -200,9 +200,9 @@ def della(
     to density + epsilon / 2, and what stays is divided by it; then signs and mean as in TIES."""
     kept = []
     for change, key in zip(changes, keys, strict=True):
-        order = change.abs().argsort(dim=1, stable=True).argsort(dim=1).to(change.dtype)  # 0 for the smallest
-        chances = density - epsilon / 2 + epsilon * order / max(1, change.shape[1] - 1)
-        kept.append(dropped(change, chances, key))
+        rising = torch.linspace(density - epsilon / 2, density + epsilon / 2, change.shape[1], dtype=change.dtype)
+        order = change.abs().argsort(dim=1, stable=True)  # the smallest first
+        kept.append(dropped(change, torch.empty_like(change).scatter_(1, order, rising.expand_as(change)), key))
     return elected(kept, weights, sign)
 
 
