@@ -34,9 +34,8 @@ def words(arguments: str) -> list[str]:
 @pytest.mark.parametrize(("page", "command", "arguments"), commands())
 def test_every_command_is_one_that_exists(page, command, arguments):
     overrides = [word for word in with_files(words(arguments.rstrip(").,;"))) if "=" in word]
-    sweep = any("," in word.partition("=")[2] and "[" not in word and " " not in word for word in overrides)
-    if sweep:  # python train.py -m lora.rank=4,8,16: each value alone
-        overrides = [word.split(",")[0] for word in overrides]
+    # python train.py -m lora.rank=4,8,16: each value alone, which may be a list itself
+    overrides = [word if " " in word else re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     compose(command, quote_texts(overrides))
 
