@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -255,18 +253,3 @@ def test_another_folder_is_replaced_only_when_that_is_said(home, tmp_path):
     bake(config | {"overwrite": True, "weights": 0.5})
     assert not (tmp_path / "baked" / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["baked"]
-
-
-def test_it_runs_from_the_command_line_without_the_big_libraries(home, tmp_path):
-    here = home("sd3")
-    code = (
-        "import sys; from charforgex.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: assert end.code == 0, end.code\n"
-        "print({'diffusers', 'transformers', 'peft', 'lightning', 'accelerate'} & set(sys.modules))"
-    )
-    arguments = ["lora", "bake", here / "lora.safetensors", f"base={here / 'base.safetensors'}", f"out={tmp_path / 'b.safetensors'}"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "set()", done.stderr
-    assert "transformer" in done.stderr
-    assert (tmp_path / "b.safetensors").is_file()

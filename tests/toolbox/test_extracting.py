@@ -55,8 +55,6 @@ def layers_of(path, family):
         ("sdxl", "file", "file", "kohya"),
         ("flux", "folder", "folder", "comfyui"),
         ("flux", "file", "file", "kohya"),
-        ("flux", "folder", "file", "diffusers"),
-        ("sd3", "folder", "folder", "kohya"),
         ("sd3", "file", "folder", "diffusers"),
         ("sd3", "file", "file", "diffusers"),
     ],
@@ -250,17 +248,20 @@ def test_what_cannot_be_is_refused(home, tuned_by, tmp_path):
     assert not out.exists()
 
 
-def test_it_runs_from_the_command_line_without_the_big_libraries(home, tmp_path):
-    here, out = home("sdxl"), tmp_path / "lora.safetensors"
+def test_both_ways_from_the_command_line_without_the_big_libraries(home, tmp_path):
+    here, baked, out = home("sdxl"), tmp_path / "baked.safetensors", tmp_path / "lora.safetensors"
     code = (
-        "import sys; from charforgex.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "import json, sys; from charforgex.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert end.code == 0, end.code\n"
         "print({'diffusers', 'transformers', 'peft', 'lightning', 'accelerate'} & set(sys.modules))"
     )
-    arguments = ["lora", "extract", f"base={here / 'base'}", f"tuned={here / 'tuned.safetensors'}", f"out={out}", "rank=2"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False)
+    bake = ["lora", "bake", str(here / "lora.safetensors"), f"base={here / 'base.safetensors'}", f"out={baked}"]
+    extract = ["lora", "extract", f"base={here / 'base'}", f"tuned={baked}", f"out={out}", "rank=2"]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([bake, extract])], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "set()", done.stderr
+    assert "change of the weights" in done.stderr
     assert "relative error, all layers" in done.stderr
     with safe_open(out, "pt") as file:
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
