@@ -44,13 +44,9 @@ def test_what_is_no_adapter_is_named():
     with pytest.raises(LoraError, match=r"466 of 1094 keys .*They are a control LoRA of Black Forest Labs \(FLUX\.1 Canny or Depth\)"):
         bases.base_of(REAL[CONTROL], {})
     few = {"lora_unet_double_blocks_0_img_attn_proj" + end: (2, 2) for end in (".lora_down.weight", ".lora_up.weight")}
-    for end, said in (
-        ("oft_blocks", "They are OFT or BOFT"),
-        ("a1.weight", "They are GLoRA"),
-        ("on_input", "They are IA3"),
-        ("lora_B.bias", "peft's lora_bias"),
-    ):
-        with pytest.raises(LoraError, match=said):
+    ends = {"oft_blocks": "OFT or BOFT", "a1.weight": "GLoRA", "on_input": "IA3", "lora_B.bias": "biases beside the factors"}
+    for end, said in ends.items():
+        with pytest.raises(LoraError, match=f"They are {said}"):
             LoraFile(few | {f"lora_unet_double_blocks_0_img_attn_qkv.{end}": (2, 2)}, {}, bases.get("flux_dev").names, None)
     with pytest.raises(LoraError, match="bundled by OneTrainer"):
         LoraFile(few | {"bundle_emb.ohwx.clip_l": (2, 768)}, {}, bases.get("flux_dev").names, None)

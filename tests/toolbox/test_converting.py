@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -173,3 +175,15 @@ def test_what_cannot_be_or_has_no_effect_is_refused(make, settings, said, tmp_pa
     with pytest.raises((ConfigError, LoraError, CharForgeError), match=said):
         run(path, tmp_path / "b.safetensors", *settings)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_network_is_needed(tmp_path):
+    path = lora_for("sdxl", tmp_path / "a.safetensors", rank=2, pick=lambda name: name in FEW, make=loha)
+    code = (
+        "import sys; from charforgex.toolbox import converting, inspecting; from charforgex.config import compose;"
+        "assert 'torch' not in sys.modules;"
+        f"converting.convert(compose('lora_convert', ['lora={path}', 'kind=lora', 'out={tmp_path}/b.safetensors']));"
+        f"inspecting.inspect(compose('lora_inspect', ['lora={tmp_path}/b.safetensors']));"
+        "assert not {'diffusers', 'transformers', 'peft', 'lightning'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
