@@ -35,7 +35,8 @@ def words(arguments: str) -> list[str]:
 def test_every_command_is_one_that_exists(page, command, arguments):
     overrides = [word for word in with_files(words(arguments.rstrip(").,;"))) if "=" in word]
     # python train.py -m lora.rank=4,8,16: each value alone, which may be a list itself
-    overrides = [word if " " in word else re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]
+    if "-m" in arguments.split():
+        overrides = [re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     compose(command, quote_texts(overrides))
 
