@@ -73,7 +73,8 @@ def prune(cfg: Mapping[str, Any]) -> dict[str, Any]:
         else:
             shrinking.check_plain(opened, f"prune {settings.way}=...")
             get, rows, told = changed_layers(opened, settings)
-        told |= shrinking.shrunk(opened, settings, get, rows, lineage(opened, "prune", settings.told()), settings.functional)
+        write = shrinking.layers(opened, get, lineage(opened, "prune", settings.told()))
+        told |= shrinking.shrunk(opened, settings, write, rows, settings.functional)
         if "refactored" in told:
             told["refactored_error"] = shrinking.total_error(told.pop("refactored"))
     shrinking.show("prune " + ", ".join(f"{name}={value}" for name, value in settings.told().items()), told, rows)

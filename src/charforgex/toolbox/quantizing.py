@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,13 @@ def quantize(cfg: Mapping[str, Any]) -> dict[str, Any]:
             }  # fmt: skip
 
         rows = errors(opened, keys, settings.kind)
-        told = shrinking.shrunk(opened, settings, file.layer, rows, {}, settings.functional, write)
+        told = shrinking.shrunk(opened, settings, write, rows, settings.functional)
     shrinking.show(f"quantize {settings.kind}", told, rows)
     return told | {"kind": settings.kind}
 
 
 def quantised_keys(file: LoraFile) -> list[str]:
     """Of the factors; alphas and magnitudes are few and stay."""
-    import math
-
     stay = {"alpha", "magnitude", "dora_scale"}
     factors = [key for sides in file.sides.values() for side, key in sides.items() if side not in stay]
     return [key for key in factors if len(file.shapes[key]) > 1 and math.prod(file.shapes[key]) >= WHOLE]

@@ -72,8 +72,8 @@ def resize(cfg: Mapping[str, Any]) -> dict[str, Any]:
         if settings.functional:
             functional.check_base(opened.base)
         weights = shrunk_weights(opened, settings)
-        metadata = lineage(opened, "resize", settings.told())
-        told = shrinking.shrunk(opened, settings, weights.get, weights.rows, metadata, settings.functional)
+        write = shrinking.layers(opened, weights.get, lineage(opened, "resize", settings.told()))
+        told = shrinking.shrunk(opened, settings, write, weights.rows, settings.functional)
     shrinking.show("resize " + ", ".join(f"{name}={value}" for name, value in settings.told().items()), told, weights.rows)
     return told
 

@@ -132,19 +132,28 @@ class Shrinking:
                 yield Weight((name,), (len(found.up),), found)
 
 
-def shrunk(
-    opened: Opened, outputs: Outputs, get: Callable[[str], Layer | None], rows: Mapping[str, Row], metadata: Mapping[str, str],
-    functional: bool = False, write: Callable[[Outputs], dict[str, Any]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes the file and tells what became of it. `rows` are filled by `get`. A dry run writes the file where it is soon forgotten."""
-    path = opened.paths[0]
-    with _place(outputs) as place, closing(progress(opened.names, "layers")) as steps:
+Write = Callable[[Outputs], dict[str, Any]]  # writes the file, and tells what `save` does
 
-        def stepping(name: str) -> Layer | None:
-            next(steps, None)
-            return get(name)
 
-        told = write(place) if write else save(opened, place, stepping, opened.names, metadata)
+def layers(opened: Opened, get: Callable[[str], Layer | None], metadata: Mapping[str, str]) -> Write:
+    """Writes the layers that `get` makes."""
+
+    def write(place: Outputs) -> dict[str, Any]:
+        with closing(progress(opened.names, "layers")) as steps:
+
+            def stepping(name: str) -> Layer | None:
+                next(steps, None)
+                return get(name)
+
+            return save(opened, place, stepping, opened.names, metadata)
+
+    return write
+
+
+def shrunk(opened: Opened, outputs: Outputs, write: Write, rows: Mapping[str, Row], functional: bool) -> dict[str, Any]:
+    """Writes the file and tells what became of it. `rows` are full once it is written. A dry run writes where it is soon forgotten."""
+    with _place(outputs) as place:
+        told = write(place)
         worst = max(rows, key=lambda label: rows[label].error)
         told |= {
             "ranks_before": sorted({row.rank_before for row in rows.values()}), "layers_before": len(opened.names),
@@ -154,7 +163,7 @@ def shrunk(
         if functional:
             from charforgex.toolbox.functional import difference
 
-            told["functional"] = difference(opened.base, path, place.out)
+            told["functional"] = difference(opened.base, opened.paths[0], place.out)
     told["out"] = None if outputs.dry_run else told["out"]
     return told
 
