@@ -21,6 +21,8 @@ def commands() -> list[tuple[str, str, str]]:
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             for command, arguments in COMMAND.findall(line):
+                if command.startswith(("lora ", "merge")) and not arguments.strip():
+                    continue  # spoken of, without the files that it needs
                 found.append((page.name, command.replace(" ", "_"), arguments.split("  #")[0].strip()))
     return found
 

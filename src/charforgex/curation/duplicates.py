@@ -549,7 +549,7 @@ def _worth(finding: Finding) -> tuple[float, ...]:
     clean = scores.get("sharpness", 0.0) - scores.get("blocks", 0.0) / 10 - scores.get("noise", 0.0) / 50
     lost = round(scores.get("bright", 0.0) + scores.get("dark", 0.0), 2)  # what was brightened has less left in white
     contrast = round(scores.get("contrast", 0.0) / 8)
-    coded = round(scores.get("jpeg_quality", 100) / 25)  # other formats lose nothing, or do not say
+    coded = math.ceil(scores["jpeg_quality"] / 25) if "jpeg_quality" in scores else 5  # other formats lose nothing, or do not say
     return (
         not finding.faces,
         -round(math.log(used) * 5),
