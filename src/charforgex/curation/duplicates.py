@@ -554,7 +554,7 @@ def _worth(finding: Finding) -> tuple[float, ...]:
         not finding.faces,
         -round(math.log(used) * 5),
         not finding.captions,
-        -round(clean, 1),
+        -round(clean * 4),
         -coded,
         lost,
         -contrast,
