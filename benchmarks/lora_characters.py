@@ -90,8 +90,10 @@ class Bench:
         """Pictures of each person by the base with these LoRAs at full strength."""
         from charforgex.generation.sampling import sample
         from charforgex.lora import formats, inject
+        from charforgex.quiet import quiet
 
-        parts = self.family.load("charworld")
+        with quiet():
+            parts = self.family.load("charworld")
         for path in loras:
             inject.load_adapter(parts, formats.read(path, self.family, parts.denoiser.config), path.stem)
         found = []
@@ -175,15 +177,18 @@ def section(people: Sequence[Person], bench: Bench, rows: dict[str, list[dict]],
     )
     error, count = told["error"], len(bench.prompts)
     return f"""{BEGIN}
-A {people[0].trigger} and a {people[1].trigger}, each a LoRA on the embedded SDXL base, each asked for by its own trigger; {count} pictures
-of each in scenes that no training picture shows. *Gain*: share of the way from the base's likeness to that of real pictures ({anchors}).
+A {people[0].trigger} and a {people[1].trigger}, each a LoRA on the embedded SDXL base by the default recipe, each asked for by
+its own trigger; {count} pictures of each in scenes that no training picture shows. *Gain*: share of the way from the base's likeness to that
+of real pictures
+({anchors}).
 *Recognised*: pictures that are nearer to this character than to the other and to {len(bench.strangers)} strangers.
 *Prompts*: share of what the prompt asks for that is shown.
 
 {table(people, bench, rows, sizes)}
 
-Distilling took {told["seconds"] / 60:.1f} minutes for {told["steps"]} steps; the error of its predictions on held-out latents fell from
-{error["truncated"]:.2f} (the truncated sum) to {error["distilled"]:.2f} (step {told["best_step"]}), where 1 is what the base lacks.
+Distilled with `together=false` in {told["seconds"] / 60:.1f} minutes and {told["steps"]} steps: the error of its predictions on
+held-out latents fell from {error["truncated"]:.2f} (the truncated sum) to {error["distilled"]:.2f} (step {told["best_step"]}), where 1 is
+what the base lacks.
 
 ![each way, both characters](images/lora_characters.png)
 
@@ -230,7 +235,9 @@ def main() -> None:
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         shown = [[picture for one in drawn for picture in one[:: len(one) // SHOWN][:SHOWN]] for drawn in pictures.values()]
         real = [picture for person in people for picture in person.renders(SHOWN, "shown")]
-        contact_sheet([real, *shown], ("real", *(name.replace("`", "") for name in files)), (), "two characters").save(PICTURE)
+        contact_sheet([real, *shown], ("real", *(name.replace("`", "") for name in files)), (), "two characters").quantize(256).save(
+            PICTURE, optimize=True
+        )
         put(section(people, bench, rows, sizes, told))
     alone = [rows[f"`{person.word}` alone"][i]["gain"] for i, person in enumerate(people)]
     lost = {name: mean(own - one["gain"] for own, one in zip(alone, found, strict=True)) for name, found in rows.items()}
