@@ -178,8 +178,8 @@ def section(people: Sequence[Person], bench: Bench, rows: dict[str, list[dict]],
     error, count = told["error"], len(bench.prompts)
     return f"""{BEGIN}
 A {people[0].trigger} and a {people[1].trigger}, each a LoRA on the embedded SDXL base by the default recipe, each asked for by
-its own trigger; {count} pictures of each in scenes that no training picture shows. *Gain*: share of the way from the base's likeness to that
-of real pictures
+its own trigger; {count} pictures of each in scenes that no training picture shows. *Gain*: share of the way from the base's likeness to
+that of real pictures
 ({anchors}).
 *Recognised*: pictures that are nearer to this character than to the other and to {len(bench.strangers)} strangers.
 *Prompts*: share of what the prompt asks for that is shown.
@@ -235,9 +235,9 @@ def main() -> None:
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         shown = [[picture for one in drawn for picture in one[:: len(one) // SHOWN][:SHOWN]] for drawn in pictures.values()]
         real = [picture for person in people for picture in person.renders(SHOWN, "shown")]
-        contact_sheet([real, *shown], ("real", *(name.replace("`", "") for name in files)), (), "two characters").quantize(256).save(
-            PICTURE, optimize=True
-        )
+        rows_said = ("real", *(name.replace("`", "") for name in files))
+        sheet = contact_sheet([real, *shown], rows_said, (), "two characters")
+        sheet.quantize(256).save(PICTURE, optimize=True)
         put(section(people, bench, rows, sizes, told))
     alone = [rows[f"`{person.word}` alone"][i]["gain"] for i, person in enumerate(people)]
     lost = {name: mean(own - one["gain"] for own, one in zip(alone, found, strict=True)) for name, found in rows.items()}
