@@ -54,10 +54,12 @@ def test_what_fits_no_base_is_told():
         bases.base_of(shapes | {key: (2, 77)}, {})
     with pytest.raises(LoraError, match=r"1 of .* keys belong to no module of this sdxl model: lora_unet_stray"):
         bases.base_of(shapes | {"lora_unet_stray.lora_down.weight": (2, 77)}, {})
-    loha = {"lora_unet_mid_block_attentions_0_proj_in.hada_" + side: shape for side, shape in
-            {"w1_a": (1280, 2), "w1_b": (2, 1280), "w2_a": (1280, 2), "w2_b": (2, 1280)}.items()}  # fmt: skip
+    sides = {"w1_a": (1280, 2), "w1_b": (2, 1280), "w2_a": (1280, 2), "w2_b": (2, 1280)}
+    loha = {f"lora_unet_mid_block_attentions_0_proj_in.hada_{side}": shape for side, shape in sides.items()}
     assert bases.base_of(loha, {}).name == "sdxl_base"
-    with pytest.raises(LoraError, match=r"1 layers do not fit flux_dev, such as .*proj_out: factors of a weight \(64, 77\) for one of \(64, 3072\)"):
+    with pytest.raises(
+        LoraError, match=r"1 layers do not fit flux_dev, .*proj_out: factors of a weight \(64, 77\) for one of \(64, 3072\)"
+    ):
         bases.base_of({"transformer.proj_out.lokr_w1": (8, 7), "transformer.proj_out.lokr_w2": (8, 11)}, {}, "flux_dev")
     with pytest.raises(LoraError, match="nowhere is no base that is listed; there are sdxl_base"):
         bases.get("nowhere")
