@@ -12,9 +12,9 @@ extract_vs_full_svd  the core of `charforgex lora extract` at rank 16 on dense c
 merge_error          of the same merge in float32: how much further from the sum it is than the best of rank 16, as a share
 merge_vs_kohya, resize_vs_kohya    as the first two, against merge_lora_models and resize_lora_model of --kohya's networks/
 
-Theirs would take from half an hour to hours a file, so each is measured once for every distinct shape, and multiplied by how many modules have it; so
-is the core of extract, on both sides. peft decomposes with full_matrices=True, its default, for SDXL, and False for Flux, where the default
-would take minutes a module; torch.linalg.svd always with False. --quick: SDXL alone, in the embedded base's small shapes.
+Theirs would take from half an hour to hours a file, so each is measured once for every distinct shape, and multiplied by how many modules
+have it; so is the core of extract, on both sides. peft decomposes with full_matrices=True, its default, for SDXL, and False for Flux, where
+the default would take minutes a module; torch.linalg.svd always with False. --quick: SDXL alone, in the embedded base's small shapes.
 """
 
 from __future__ import annotations
