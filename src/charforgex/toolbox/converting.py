@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError, ModelError
-from charforgex.toolbox.common import Dtype, Inputs, Opened, Outputs, lineage, opened_loras, save  # noqa: F401 - Dtype is in an annotation
+from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, save
 
 if TYPE_CHECKING:
     from torch import Tensor
