@@ -26,6 +26,7 @@ from charforgex.binding import Range
 from charforgex.curation.items import Finding
 from charforgex.errors import ConfigError
 
+SHARP = 0.7  # sharpness from which more of it may be the ringing of compression
 SIDE = 96  # pixels of a thumbnail, and of the square that is transformed
 # (u, v) of the lowest frequencies by u + v but the mean; without (5, 5) they are 64, and swapping u and v keeps the set
 FREQUENCIES = [(u, v) for u in range(11) for v in range(11) if 0 < u + v <= 10 and (u, v) != (5, 5)]
@@ -554,7 +555,7 @@ def _worth(finding: Finding) -> tuple[float, ...]:
         not finding.faces,
         -round(math.log(used) * 5),
         not finding.captions,
-        -round(clean * 4),
+        -round(min(clean, SHARP) * 4),
         -coded,
         lost,
         -contrast,
