@@ -173,3 +173,20 @@ def test_help_into_a_closed_pipe_is_no_failure(tmp_path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        (["a.safetensors", "rank=8"], ["lora=a.safetensors", "rank=8"]),
+        (["a.safetensors", "b c.safetensors", "--dry-run"], ["lora=[a.safetensors,'b c.safetensors']", "dry_run=true"]),
+        (
+            ["-m", "weights=[1,0],[0,1]", "a.safetensors", "b.safetensors"],
+            ["-m", "lora=[a.safetensors,b.safetensors]", "weights=[1,0],[0,1]"],
+        ),
+        (["lora=a.safetensors", "out=b.safetensors"], ["lora=a.safetensors", "out=b.safetensors"]),
+        (["--help"], ["--help"]),
+    ],
+)
+def test_files_that_stand_alone_are_the_loras(typed, meant):
+    assert cli.with_files(typed) == meant

@@ -87,11 +87,11 @@ def _tool(arguments: Sequence[str]) -> None:
 
 
 def with_files(arguments: Sequence[str]) -> list[str]:
-    """Files that stand alone on the command line as the setting `lora`."""
+    """Files that stand alone on the command line as the setting `lora`, and `--dry-run` as `dry_run=true`."""
     from charforgex.overrides import written
 
     files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
-    rest = [argument for argument in arguments if argument not in files]
+    rest = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments if argument not in files]
     # beside the other settings: argparse takes none that stand alone behind a flag
     place = next((i for i, argument in enumerate(rest) if "=" in argument and argument[:1] != "-"), len(rest))
     return rest[:place] + ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest[place:]
