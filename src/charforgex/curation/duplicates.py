@@ -548,7 +548,7 @@ def _worth(finding: Finding) -> tuple[float, ...]:
     area = max(1, finding.width * finding.height)
     used = area * min(1.0, scores.get("detail", 1.0)) ** 2  # an enlarged copy is no better
     clean = scores.get("sharpness", 0.0) - scores.get("blocks", 0.0) / 10 - scores.get("noise", 0.0) / 50
-    lost = round(scores.get("bright", 0.0) + scores.get("dark", 0.0), 2)  # what was brightened has less left in white
+    lost = round(5 * (scores.get("bright", 0.0) + scores.get("dark", 0.0)))  # what was brightened has less left in white
     contrast = round(scores.get("contrast", 0.0) / 8)
     coded = math.ceil(scores["jpeg_quality"] / 25) if "jpeg_quality" in scores else 5  # other formats lose nothing, or do not say
     return (

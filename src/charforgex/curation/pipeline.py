@@ -174,8 +174,12 @@ def exchange(
         if kept in decided.verdicts:
             continue
         least = area(kept) if likeness(kept) >= threshold else 0  # less of a picture is no better for a higher cosine
-        best = max((index for index in group if index not in poor and area(index) >= least), key=likeness, default=kept)
-        if (cosine := likeness(best)) >= threshold and cosine > likeness(kept) + LIKER:
+        fit = [index for index in group if index not in poor and area(index) >= least]
+        top = max(map(likeness, fit), default=-1.0)
+        fit = [index for index in fit if likeness(index) >= max(threshold, top - LIKER)]
+        if fit and kept not in fit:
+            best = duplicates.best(fit, findings)
+            cosine = likeness(best)
             before = likeness(kept)
             del decided.verdicts[best]
             said = f"nearly the same as {findings[best].name}, which has a cosine of {cosine:.2f} to the character; this has {before:.2f}"
