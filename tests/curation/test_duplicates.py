@@ -275,7 +275,7 @@ def test_the_best_has_most_detail_then_a_caption_then_is_sharpest():
     blown_up = Finding("blown up", width=2048, height=2048, scores={"detail": 0.25, "sharpness": 0.2})
     assert best([0, 1, 2], [small, large, blown_up]) == 1
     assert best([0, 1], [large, replace(large, captions=("a woman",))]) == 1
-    assert best([0, 1], [replace(large, scores={"sharpness": 0.7, "bright": 0.1}), replace(large, scores={"sharpness": 0.69})]) == 1
+    assert best([0, 1], [replace(large, scores={"sharpness": 0.7, "bright": 0.3}), replace(large, scores={"sharpness": 0.69})]) == 1
     assert best([0, 1], [replace(large, scores={"contrast": 150}), replace(large, scores={"contrast": 180})]) == 1
     ringing = {"sharpness": 0.98, "jpeg_quality": 55}
     assert best([0, 1], [replace(large, scores=ringing), replace(large, scores={"sharpness": 0.86})]) == 1
