@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from charforgex.curation import duplicates, quality
+from charforgex.curation import duplicates, fingerprints, quality, resemblance
 from charforgex.curation.items import Finding
 from charforgex.curation.pictures import decode_picture
 from charforgex.data.mess import Maker
@@ -91,7 +91,7 @@ def scan(paths: list[Path]) -> None:
     for path in paths:
         data = path.read_bytes()
         grey = small_grey(data)
-        _ = hashlib.sha256(data).hexdigest(), duplicates.fingerprint(grey).hex, quality.exposure(grey)
+        _ = hashlib.sha256(data).hexdigest(), fingerprints.fingerprint(grey).hex, quality.exposure(grey)
 
 
 def with_imagehash(paths: list[Path]) -> None:
@@ -136,7 +136,7 @@ def growth(counts: list[int]) -> dict[str, dict[str, float]]:
         hashes = planted(count)
         tracemalloc.start()  # numpy tells it of its arrays, which are few: it slows nothing down
         started = time.process_time()
-        found = len(duplicates.pairs(hashes, RADIUS))
+        found = len(fingerprints.pairs(hashes, RADIUS))
         seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
         assert found >= count // 20, "the planted pairs must be among those found"
@@ -148,8 +148,8 @@ def growth(counts: list[int]) -> dict[str, dict[str, float]]:
 def look_alikes(count: int) -> dict[str, float]:
     """CPU seconds of `clusters` for pictures of one character, and how many of them it takes for another's copy."""
     maker = Maker(0, 192)
-    small = [duplicates.thumbnail(maker.original(index)) for index in range(count)]
-    findings = [Finding(str(n), str(n), 192, 192, fingerprint=duplicates.fingerprint(one).hex) for n, one in enumerate(small)]
+    small = [fingerprints.thumbnail(maker.original(index)) for index in range(count)]
+    findings = [Finding(str(n), str(n), 192, 192, fingerprint=fingerprints.fingerprint(one).hex) for n, one in enumerate(small)]
     started = time.process_time()
     found = duplicates.clusters(findings, duplicates.DuplicateSettings(), small.__getitem__)
     seconds, joined = time.process_time() - started, sum(len(group.others) for group in found)
@@ -160,15 +160,15 @@ def look_alikes(count: int) -> dict[str, float]:
 def stages(paths: list[Path]) -> dict[str, Callable[[], object]]:
     data = [path.read_bytes() for path in paths]
     pictures = [np.asarray(decode_picture(one)) for one in data]
-    small = [duplicates.thumbnail(picture) for picture in pictures]
+    small = [fingerprints.thumbnail(picture) for picture in pictures]
     return {
         "read": lambda: [path.read_bytes() for path in paths],
         "sha256": lambda: [hashlib.sha256(one).hexdigest() for one in data],
         "decode": lambda: [decode_picture(one) for one in data],
         "measure": lambda: [quality.measure(picture, one) for picture, one in zip(pictures, data, strict=True)],
-        "thumbnail": lambda: [duplicates.thumbnail(picture) for picture in pictures],
-        "fingerprint": lambda: [duplicates.fingerprint(one) for one in small],
-        "compare": lambda: [duplicates.aligned_difference(small[0], one) for one in small],
+        "thumbnail": lambda: [fingerprints.thumbnail(picture) for picture in pictures],
+        "fingerprint": lambda: [fingerprints.fingerprint(one) for one in small],
+        "compare": lambda: [resemblance.aligned_difference(small[0], one) for one in small],
     }
 
 
@@ -197,9 +197,9 @@ def main() -> None:
         else:
             sides["scan_imagededup"] = partial(with_imagededup, PHash(verbose=False), paths)
         seconds = alternating(sides, rounds)
-        assert np.array_equal(duplicates.pairs(hashes, RADIUS), np.unique(all_with_all(hashes), axis=0)), "not the same pairs"
+        assert np.array_equal(fingerprints.pairs(hashes, RADIUS), np.unique(all_with_all(hashes), axis=0)), "not the same pairs"
         seconds |= alternating(
-            {"neardup_10k": partial(duplicates.pairs, hashes, RADIUS), "neardup_10k_numpy": partial(all_with_all, hashes)}, rounds
+            {"neardup_10k": partial(fingerprints.pairs, hashes, RADIUS), "neardup_10k_numpy": partial(all_with_all, hashes)}, rounds
         )
         by_stage = {name: statistics.median(values) / count for name, values in alternating(stages(paths), rounds).items()}
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from charforgex.charworld import drawing, world
-from charforgex.curation import duplicates, quality
+from charforgex.curation import duplicates, fingerprints, quality
 from charforgex.curation.items import Finding
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "hubble_deep_field", "retina", "brick", "grass", "clock")
@@ -207,8 +207,8 @@ def measure_duplicates(base: list[np.ndarray], every: int) -> dict[str, float]:
 
     def add(picture: np.ndarray, number: int, kind: str) -> None:
         findings.append(Finding(f"{kind}/{number}", f"{len(findings)}", picture.shape[1], picture.shape[0],
-                                fingerprint=duplicates.fingerprint(picture).hex, scores=quality.measure(picture)))  # fmt: skip
-        small.append(duplicates.thumbnail(picture))
+                                fingerprint=fingerprints.fingerprint(picture).hex, scores=quality.measure(picture)))  # fmt: skip
+        small.append(fingerprints.thumbnail(picture))
         source.append((number, kind))
 
     for number, picture in enumerate(base):

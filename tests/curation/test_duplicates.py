@@ -11,18 +11,9 @@ import pytest
 from PIL import Image
 
 from charforgex.charworld import drawing, world
-from charforgex.curation import duplicates
-from charforgex.curation.duplicates import (
-    DuplicateSettings,
-    Fingerprint,
-    best,
-    clusters,
-    fingerprint,
-    pairs,
-    thumbnail,
-    turned,
-    turned_hashes,
-)
+from charforgex.curation import duplicates, resemblance
+from charforgex.curation.duplicates import DuplicateSettings, best, clusters
+from charforgex.curation.fingerprints import fingerprint, thumbnail
 from charforgex.curation.items import Finding, Verdict
 from charforgex.data import mess
 from charforgex.errors import ConfigError
@@ -56,87 +47,6 @@ def found(pictures, settings=None, **known):
     ]
     small = [thumbnail(p) for p in pictures]
     return clusters(findings, settings or DuplicateSettings(), small.__getitem__)
-
-
-# ---- pairs ----
-
-
-def planted(count, rng, share=0.3):
-    hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
-    for n in range(int(count * share)):
-        flips = rng.choice(64, rng.integers(0, 14), replace=False)
-        hashes[-1 - n] = hashes[n] ^ np.uint64(sum(1 << int(bit) for bit in flips))
-    return hashes
-
-
-def compared(one, other, radius):
-    return np.bitwise_count(one[:, None] ^ other[None]) <= radius
-
-
-@pytest.mark.parametrize("radius", [0, 1, 3, 5, 8, 10, 16])
-def test_pairs_are_all_pairs(radius):
-    rng = np.random.default_rng(radius)
-    for count in (0, 1, 2, 60, 700):
-        hashes = planted(count, rng)
-        assert np.array_equal(pairs(hashes, radius), np.argwhere(np.triu(compared(hashes, hashes, radius), 1)))
-        others = np.concatenate([hashes[:50], planted(200, rng)])
-        assert np.array_equal(pairs(hashes, radius, others), np.argwhere(compared(hashes, others, radius)))
-
-
-@pytest.mark.parametrize("radius", [0, 2, 4])
-def test_pairs_of_hashes_that_crowd_together_and_repeat(radius):
-    hashes = np.random.default_rng(0).integers(0, 2**9, 600, dtype=np.uint64)
-    assert np.array_equal(pairs(hashes, radius), np.argwhere(np.triu(compared(hashes, hashes, radius), 1)))
-
-
-def test_few_comparisons_at_a_time_change_nothing(monkeypatch):
-    hashes = planted(3000, np.random.default_rng(1))
-    at_once = pairs(hashes, 8)
-    monkeypatch.setattr(duplicates, "CANDIDATES", 50)
-    assert np.array_equal(pairs(hashes, 8), at_once) and len(at_once) > 300
-
-
-@pytest.mark.parametrize("radius", range(17))
-def test_bands_leave_no_way_to_differ_unseen(radius):
-    for count in (10, 10_000, 10_000_000):
-        bands = duplicates._bands(count, count, radius)
-        searched = sum(width for _, width, _ in bands)
-        assert sum(reach + 1 for _, _, reach in bands) >= radius + 1  # so many bits must differ to be in no band's reach
-        assert searched <= 64 and all(width <= 22 for _, width, _ in bands)
-
-
-# ---- fingerprints ----
-
-
-def test_fingerprints_are_written_and_read():
-    one = fingerprint(drawn(0, 0))
-    assert len(one.hex) == 16 * 16 and np.array_equal(Fingerprint.from_hex(one.hex).hashes, one.hashes)
-    assert one.hashes.dtype == np.uint64
-
-
-def test_a_picture_its_thumbnail_and_pil_have_one_fingerprint():
-    picture = drawn(1, 1)
-    assert fingerprint(picture).hex == fingerprint(thumbnail(picture)).hex == fingerprint(Image.fromarray(picture)).hex
-
-
-@pytest.mark.parametrize("orientation", range(8))
-def test_turned_hashes_are_the_hashes_of_turned_pictures(orientation):
-    for seed in range(6):
-        picture = drawn(seed, seed)
-        expected = fingerprint(turned(picture, orientation)).hashes[0]
-        got = turned_hashes(fingerprint(picture).hashes[:1], orientation)[0]
-        assert np.bitwise_count(expected ^ got) <= 1  # a sign of a frequency that is nearly zero
-
-
-def test_the_whole_hash_is_the_signs_of_opencvs_cosine_transform():
-    picture = drawn(2, 2)
-    grey = cv2.cvtColor(thumbnail(picture), cv2.COLOR_RGB2GRAY).astype(np.float32)
-    spectrum = cv2.dct(grey - grey.mean())
-    signs = [bool(spectrum[u, v] > 0) for u, v in duplicates.FREQUENCIES]
-    assert int(fingerprint(picture).hashes[0]) == sum(1 << bit for bit, sign in enumerate(signs) if sign)
-
-
-# ---- clusters ----
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +89,12 @@ def test_a_first_look_turns_no_copy_away(kind):
             copy = recompressed(np.clip(smaller * (0.7, 1.25)[index] + 5, 0, 255).astype(np.uint8), 40)
         small = [thumbnail(maker.original(index)), thumbnail(copy)]
         asked = ways_of(small)
-        seen = duplicates._FirstLook(small.__getitem__, 4.0)(asked)
+        seen = resemblance.FirstLook(small.__getitem__, 4.0)(asked)
         for way in asked[0].get(1, ()):
             pair = small[::-1] if way.swapped else small
-            if (value := duplicates.aligned_difference(*pair, way.orientation, way.window)) <= 8:
+            if (value := resemblance.aligned_difference(*pair, way.orientation, way.window)) <= 8:
                 assert way in seen[0][1], f"{value:.1f} grey levels, but turned away at first"
-                assert duplicates.aligned_difference(*pair, way.orientation, way.window, 4.0) == value
+                assert resemblance.aligned_difference(*pair, way.orientation, way.window, 4.0) == value
                 copies += 1
     assert copies >= 11
 
@@ -193,7 +103,7 @@ def test_a_first_look_is_enough_for_most_look_alikes():
     maker = mess.Maker(0, 192)
     small = [thumbnail(maker.original(index)) for index in range(120)]
     asked = ways_of(small)
-    seen = duplicates._FirstLook(small.__getitem__, 8.0)(asked)
+    seen = resemblance.FirstLook(small.__getitem__, 8.0)(asked)
     left, all_of_them = (sum(len(ways) for several in found.values() for ways in several.values()) for found in (seen, asked))
     assert all_of_them > 500 and left < 0.3 * all_of_them
 
@@ -202,7 +112,7 @@ def test_a_higher_limit_lets_more_through():
     maker = mess.Maker(1, 192)
     small = [thumbnail(maker.original(index)) for index in range(40)]
     asked = ways_of(small)
-    left = [sum(len(found) for found in duplicates._FirstLook(small.__getitem__, limit)(asked).values()) for limit in (0.1, 8.0, 255.0)]
+    left = [sum(len(found) for found in resemblance.FirstLook(small.__getitem__, limit)(asked).values()) for limit in (0.1, 8.0, 255.0)]
     assert left[0] < left[1] < left[2] == sum(map(len, asked.values()))
 
 
@@ -258,7 +168,7 @@ def test_a_chain_of_small_changes_is_no_cluster(cast):
     assert groups and all(max(group.members) - min(group.members) < 14 for group in groups)
     small = [thumbnail(frame) for frame in frames]
     for group in groups:
-        assert all(duplicates.aligned_difference(small[group.kept], small[other]) <= 8 for other in group.others)
+        assert all(resemblance.aligned_difference(small[group.kept], small[other]) <= 8 for other in group.others)
 
 
 def test_embeddings_join_what_hashes_do_not(cast):

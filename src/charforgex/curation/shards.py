@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from charforgex.binding import bind
-from charforgex.curation import duplicates, ingest, people, quality
+from charforgex.curation import fingerprints, ingest, people, quality
 from charforgex.curation.executors import Executor, Job, Jobs
 from charforgex.curation.items import Finding, Item
 from charforgex.curation.pictures import decode_picture, verdict_of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from charforgex.curation.faces import Detector
     from charforgex.embedders import Clip, Embedder
 
-VERSION = 4
+VERSION = 5
 PREVIEW = 160  # pixels of the longer side of what the report shows
 TOGETHER = 32  # pictures embedded at a time
 FOLDER = "shards"
@@ -195,10 +195,10 @@ def examine(item: Item, told: ScanSettings, settings: str) -> tuple[Finding, Ima
     except DataError as error:
         return replace(known, verdict=verdict_of(error)), None, None
     pixels = np.asarray(picture)
-    thumbnail = duplicates.thumbnail(pixels)
+    thumbnail = fingerprints.thumbnail(pixels)
     return replace(
         known, width=picture.width, height=picture.height, scores=quality.measure(pixels, item.data),
-        fingerprint=duplicates.fingerprint(thumbnail).hex, faces=tuple(tools(settings).detector.detect(pixels)),
+        fingerprint=fingerprints.fingerprint(thumbnail).hex, faces=tuple(tools(settings).detector.detect(pixels)),
     ), picture, thumbnail  # fmt: skip
 
 
@@ -334,7 +334,7 @@ class Findings(Sequence[Finding]):
         return self._row(index, "pictures")
 
     def thumbnail(self, index: int) -> np.ndarray | None:
-        """uint8 (96, 96, 3), whatever the picture's aspect: `duplicates.thumbnail`; None where it was not decoded."""
+        """uint8 (96, 96, 3), whatever the picture's aspect: `fingerprints.thumbnail`; None where it was not decoded."""
         return self._row(index, "thumbnails")
 
     def preview(self, index: int) -> bytes | None:
