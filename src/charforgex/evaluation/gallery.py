@@ -1,0 +1,125 @@
+"""Pictures that are judged together, and what embedders see in them.
+
+A picture is opened when it is looked at and a few at a time; vectors are computed once for each picture and embedder, and stay on disk
+where the gallery has a folder for them. So memory does not grow with the pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from charforgex.errors import DataError
+from charforgex.runs import replace_atomic
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+TOGETHER = 32  # pictures in memory at a time
+UNIT = 1e-3  # how far from 1 a unit vector's length may be
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture: a file or the picture itself, and what was asked for. Shots of one prompt are not independent of each other."""
+
+    picture: Path | Image
+    prompt: str = ""
+    pack: str = ""
+    seed: int | None = None
+    key: str = ""  # names the content, for caches; a hash of the recipe or of the file
+
+    @property
+    def name(self) -> str:
+        return self.picture.name if isinstance(self.picture, Path) else f'"{self.prompt}" seed {self.seed}'
+
+    def open(self) -> Image:
+        """RGB. Raises DataError."""
+        if not isinstance(self.picture, Path):
+            return self.picture.convert("RGB")
+        from PIL import Image
+
+        try:
+            with Image.open(self.picture) as picture:
+                return picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.picture} cannot be read as a picture: {error}") from error
+
+
+class Gallery:
+    """One contestant's pictures, or a set that others are compared with (references, training pictures, strangers)."""
+
+    def __init__(self, name: str, shots: Sequence[Shot], cache: Path | None = None):
+        self.name, self.shots, self.cache = name, tuple(shots), cache
+        self._vectors: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.shots)
+
+    @property
+    def prompts(self) -> list[str]:
+        return [shot.prompt for shot in self.shots]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """int64 (N,): the same number for shots of one prompt, in the order in which prompts come first."""
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(shot.prompt or f"\0{i}", len(numbers)) for i, shot in enumerate(self.shots)], np.int64)
+
+    def only(self, *packs: str) -> Gallery:
+        """The shots of these prompt packs."""
+        return Gallery(self.name, [shot for shot in self.shots if shot.pack in packs], self.cache)
+
+    def batches(self, size: int = TOGETHER) -> Iterator[tuple[list[Shot], list[Image]]]:
+        """Shots with their opened pictures, in order. Raises DataError for one that cannot be read."""
+        for start in range(0, len(self.shots), size):
+            shots = list(self.shots[start : start + size])
+            yield shots, [shot.open() for shot in shots]
+
+    def vectors(self, name: str, see: Callable[[Sequence[Image]], Tensor]) -> np.ndarray:
+        """float32 (N, D): `see` of each picture, unit vectors; memory-mapped where there is a cache. `name` identifies `see` to it.
+
+        Raises DataError for vectors that are not finite or not of length 1, naming the picture.
+        """
+        if name not in self._vectors:
+            self._vectors[name] = self._remembered(name, see)
+        return self._vectors[name]
+
+    def _remembered(self, name: str, see: Callable[[Sequence[Image]], Tensor]) -> np.ndarray:
+        if self.cache is None or not self.shots or not all(shot.key for shot in self.shots):
+            blocks = [self._seen(name, see, *batch) for batch in self.batches()]
+            return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
+        key = hashlib.sha256("\n".join([name, *(shot.key for shot in self.shots)]).encode()).hexdigest()
+        path = self.cache / f"{key}.npy"
+        if not path.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with replace_atomic(path) as temporary:
+                self._write(temporary, name, see)
+        return np.load(path, mmap_mode="r")
+
+    def _write(self, path: Path, name: str, see: Callable[[Sequence[Image]], Tensor]) -> None:
+        start, found = 0, None
+        for batch in self.batches():
+            rows = self._seen(name, see, *batch)
+            if found is None:
+                found = np.lib.format.open_memmap(path, "w+", np.float32, (len(self), rows.shape[1]))
+            found[start : start + len(rows)] = rows
+            start += len(rows)
+        found.flush()
+
+    @staticmethod
+    def _seen(name: str, see: Callable, shots: Sequence[Shot], pictures: Sequence[Image]) -> np.ndarray:
+        rows = see(pictures).float().cpu().numpy()
+        lengths = np.linalg.norm(rows, axis=1)
+        for shot, length in zip(shots, lengths, strict=True):
+            if not abs(length - 1) <= UNIT:  # NaN is not near anything
+                raise DataError(
+                    f"{name} sees a vector of length {length} in {shot.name}, where a unit vector is wanted; use another embedder."
+                )
+        return rows
