@@ -68,9 +68,9 @@ class Gallery:
 
     @property
     def groups(self) -> np.ndarray:
-        """int64 (N,): the same number for shots of one prompt, in the order in which prompts come first."""
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(shot.prompt or f"\0{i}", len(numbers)) for i, shot in enumerate(self.shots)], np.int64)
+        """int64 (N,): the same number for shots of one prompt, whatever their order. A shot without a prompt is a group of its own."""
+        names = [shot.prompt or f"\0{shot.key or i}" for i, shot in enumerate(self.shots)]
+        return np.unique(names, return_inverse=True)[1] if names else np.zeros(0, np.int64)
 
     def only(self, *packs: str) -> Gallery:
         """The shots of these prompt packs."""
@@ -119,7 +119,5 @@ class Gallery:
         lengths = np.linalg.norm(rows, axis=1)
         for shot, length in zip(shots, lengths, strict=True):
             if not abs(length - 1) <= UNIT:  # NaN is not near anything
-                raise DataError(
-                    f"{name} sees a vector of length {length} in {shot.name}, where a unit vector is wanted; use another embedder."
-                )
+                raise DataError(f"{name} makes a vector of length {length} of {shot.name}, and not of 1; use another embedder.")
         return rows

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals (Efron 1979) that draw whole prompts anew, because pictures of one prompt resemble each other."""
+"""How sure a number is: bootstrap intervals (Efron 1979). Whole prompts are drawn anew: pictures of one prompt resemble each other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bootstrap_mean(rows: np.ndarray, groups: np.ndarray, draws: int = DRAWS, key
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, draws: int, key: str = "") -> tuple[float, float]:
-    """95 % percentile interval of a statistic of sets. It is given indices of shots: those of each drawn group, as often as it was drawn."""
+    """95 % percentile interval of a statistic of sets, given indices of shots: each drawn group's, as often as it was drawn."""
     _, groups = np.unique(groups, return_inverse=True)
     if groups.max() == 0:
         return float("nan"), float("nan")

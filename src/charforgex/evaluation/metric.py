@@ -56,8 +56,8 @@ class Case:
 
 
 class Metric(Protocol):
-    """Bound from conf/metric/<name>.yaml; nothing heavy happens before the first call. Called with the same things it gives the same numbers,
-    whatever the order of shots, batches and workers.
+    """Bound from conf/metric/<name>.yaml; nothing heavy happens before the first call. The same pictures give the same numbers, whatever
+    the order of shots, batches and workers.
 
     `floor` and `ceiling` name the sets of `calibration.py` between which the number is read: "others", "real", "shuffled", "noise",
     "training", "base"; None where there is none.
