@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from charforgex.draws import torch_generator
 from charforgex.errors import LoraError
 from charforgex.lora import lowrank
 from charforgex.lora.state import LohaLayer, LoraLayer
@@ -61,6 +62,10 @@ def dense_orthogonal(changes, weights):
     return done
 
 
+def dropped(change, chance, key):
+    return torch.where(torch.rand(change.shape, generator=torch_generator(*key)) < chance, change / chance, 0)
+
+
 def reference(method, changes, weights, first, keys):
     """The result as its paper has it, of dense changes (out, k) in float64."""
     if method == "subtract":
@@ -80,9 +85,9 @@ def reference(method, changes, weights, first, keys):
             for i, row in enumerate(x):
                 for place, j in enumerate(row.abs().argsort()):
                     ranks[i, j] = 0.4 + 0.2 * place / (x.shape[1] - 1)
-            kept.append(methods.dropped(x, ranks, key))
+            kept.append(dropped(x, ranks, key))
     else:
-        kept = [methods.dropped(x, 0.5, key) for x, key in zip(changes, keys, strict=True)]
+        kept = [dropped(x, 0.5, key) for x, key in zip(changes, keys, strict=True)]
     if method in ("magnitude_prune", "dare_linear"):
         return sum(w * x for x, w in zip(kept, weights, strict=True))
     winner = torch.stack(kept).sum(0).sign()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from charforgex.draws import torch_generator
 from charforgex.errors import LoraError
 from charforgex.lora.lowrank import Product
 from charforgex.merging import methods
@@ -18,6 +19,10 @@ def product(matrix):
 
 def total(terms):
     return sum(term.weight * term.change.dense().double() for term in terms)
+
+
+def dropped(change, chance, key):
+    return torch.where(torch.rand(change.shape, generator=torch_generator(*key)) < chance, change / chance, 0)
 
 
 def close(found, wanted):
@@ -119,11 +124,38 @@ Y = torch.tensor([[-2.0, -5.0, 1.0], [0.2, 6.0, -0.3]])
 
 
 def test_trimming_keeps_the_largest():
-    close(methods.trimmed(X, 0.5), [[4.0, 0.0, 2.0], [0.0, -3.0, 0.0]])
-    close(methods.trimmed(X, 1.0), X.tolist())
-    close(methods.trimmed(X, 0.01), [[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    close(methods.trimmed(torch.tensor([[1.0, -1.0, 0.5, 0.0]]), 0.25), [[1.0, -1.0, 0.0, 0.0]])  # equal ones stay or go together
+    def trimmed(change, density):
+        return methods.magnitude_prune([change], [1.0], density)
+
+    close(trimmed(X, 0.5), [[4.0, 0.0, 2.0], [0.0, -3.0, 0.0]])
+    close(trimmed(X, 1.0), X.tolist())
+    close(trimmed(X, 0.01), [[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    close(trimmed(torch.tensor([[1.0, -1.0, 0.5, 0.0]]), 0.25), [[1.0, -1.0, 0.0, 0.0]])  # equal ones stay or go together
     close(methods.magnitude_prune([X, Y], [1.0, 0.5], 0.5), [[3.0, -2.5, 2.0], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "zero", "sorted", "periodic"])
+def test_the_border_of_the_largest_is_exact(kind):
+    """Whatever the values that the sample sees: those of `periodic` are all alike, and others lie between them."""
+    draw = torch.randn(700, 610, generator=torch.Generator().manual_seed(5))
+    change = {
+        "random": draw, "equal": torch.ones_like(draw), "zero": torch.where(draw > 1, draw, 0),
+        "sorted": draw.flatten().sort().values.view_as(draw),
+        "periodic": torch.where(torch.arange(610) % methods.SAMPLED == 0, 1e3, draw),
+    }[kind]  # fmt: skip
+    values = change.abs().flatten().sort(descending=True).values
+    for count in (1, 2, 999, len(values) // 2, len(values) - 1, len(values)):
+        assert float(methods.smallest_kept(change, count)) == float(values[count - 1]), count
+
+
+def test_a_few_rows_at_a_time_make_what_all_do(monkeypatch):
+    draw = torch.Generator().manual_seed(6)
+    changes, keys = [torch.randn(40, 30, generator=draw) for _ in range(2)], [(0,), (1,)]
+    for name, options in (("ties", {}), ("dare_ties", {"keys": keys}), ("della", {"keys": keys}), ("dare_linear", {"keys": keys})):
+        monkeypatch.setattr(methods, "CACHED", 1 << 17)
+        whole = getattr(methods, name)(changes, [1.0, 0.5], **options)
+        monkeypatch.setattr(methods, "CACHED", 7 * 30)
+        assert torch.equal(getattr(methods, name)(changes, [1.0, 0.5], **options), whole), name
 
 
 def test_ties_by_hand():
@@ -137,9 +169,13 @@ def test_ties_by_hand():
 
 def test_dropping_keeps_the_expectation():
     ones = torch.ones(200, 200)
-    found = methods.dropped(ones, 0.25, (0, "x"))
+
+    def found_by(*key):
+        return methods.dare_linear([ones], [1.0], [key], 0.25)
+
+    found = found_by(0, "x")
     assert set(found.unique().tolist()) == {0.0, 4.0} and float(found.mean()) == pytest.approx(1, abs=0.05)
-    assert torch.equal(found, methods.dropped(ones, 0.25, (0, "x"))) and not torch.equal(found, methods.dropped(ones, 0.25, (1, "x")))
+    assert torch.equal(found, found_by(0, "x")) and not torch.equal(found, found_by(1, "x"))
     close(methods.dare_linear([X, Y], [1.0, 2.0], [(0,), (1,)], 1.0), (X + 2 * Y).tolist())
     close(methods.dare_ties([X, X], [1.0, 1.0], [(0,), (0,)], 1.0), X.tolist())
 
@@ -168,7 +204,7 @@ def test_dense_methods_are_those_of_peft(density):
             theirs = merge_utils.ties(changes, weights, density, sign)
             torch.testing.assert_close(methods.ties(changes, told, density, sign), theirs)
         keys = [(0, "merge", index) for index in range(3)]
-        kept = [methods.dropped(change, density, key) for change, key in zip(changes, keys, strict=True)]  # in place of their global chance
+        kept = [dropped(change, density, key) for change, key in zip(changes, keys, strict=True)]  # in place of their global chance
         torch.testing.assert_close(methods.dare_linear(changes, told, keys, density), merge_utils.task_arithmetic(kept, weights))
         signs = merge_utils.calculate_majority_sign_mask(torch.stack(kept))
         theirs = merge_utils.disjoint_merge(torch.stack(kept) * weights[:, None, None], signs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from charforgex.lora.lowrank import Product
 
 Sign = Literal["total", "frequency"]
 STEPS, SETTLED = 200, 1e-13  # of the mean on a sphere
+CACHED = 1 << 17  # values of a matrix that are worked on at once
+SAMPLED = 61  # one value in so many tells where a border lies
 
 
 class Term(NamedTuple):
@@ -160,7 +162,7 @@ def _basis(spaces: Sequence[Tensor]) -> Tensor:
 
 def magnitude_prune(changes: Sequence[Tensor], weights: Sequence[float], density: float = 0.5) -> Tensor:
     """The weighted sum of each change's largest values (Han et al. 2015): `density` of them stay, the others become 0."""
-    return sum(trimmed(change, density) * weight for change, weight in zip(changes, weights, strict=True))
+    return _by_rows(changes, [_trimming(change, density) for change in changes], lambda kept: _summed(kept, weights))
 
 
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float = 0.5, sign: Sign = "total") -> Tensor:
@@ -169,7 +171,7 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float = 0
 
     Weights of 1 therefore keep the strength. A value that only one file has is not halved by the files that have nothing there.
     """
-    return elected([trimmed(change, density) for change in changes], weights, sign)
+    return _by_rows(changes, [_trimming(change, density) for change in changes], lambda kept: elected(kept, weights, sign))
 
 
 def dare_linear(changes: Sequence[Tensor], weights: Sequence[float], keys: Sequence[tuple], density: float = 0.5) -> Tensor:
@@ -177,61 +179,97 @@ def dare_linear(changes: Sequence[Tensor], weights: Sequence[float], keys: Seque
 
     `keys` are those of the draws, one for each change.
     """
-    kept = [dropped(change, density, key) for change, key in zip(changes, keys, strict=True)]
-    return sum(change * weight for change, weight in zip(kept, weights, strict=True))
+    return _by_rows(changes, [_dropping(lambda rows: density, key) for key in keys], lambda kept: _summed(kept, weights))
 
 
 def dare_ties(
     changes: Sequence[Tensor], weights: Sequence[float], keys: Sequence[tuple], density: float = 0.5, sign: Sign = "total"
 ) -> Tensor:
     """DARE's drop (Yu et al. 2024) in place of TIES' trim, then its signs and mean (Yadav et al. 2023)."""
-    return elected([dropped(change, density, key) for change, key in zip(changes, keys, strict=True)], weights, sign)
+    return _by_rows(changes, [_dropping(lambda rows: density, key) for key in keys], lambda kept: elected(kept, weights, sign))
 
 
 def della(
-    changes: Sequence[Tensor],
-    weights: Sequence[float],
-    keys: Sequence[tuple],
-    density: float = 0.5,
-    epsilon: float = 0.2,
+    changes: Sequence[Tensor], weights: Sequence[float], keys: Sequence[tuple], density: float = 0.5, epsilon: float = 0.2,
     sign: Sign = "total",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """DELLA (Deep et al. 2024): a value's chance to stay grows with its rank among the magnitudes of its row, from density - epsilon / 2
     to density + epsilon / 2, and what stays is divided by it; then signs and mean as in TIES."""
-    kept = []
-    for change, key in zip(changes, keys, strict=True):
-        rising = torch.linspace(density - epsilon / 2, density + epsilon / 2, change.shape[1], dtype=change.dtype)
-        order = change.abs().argsort(dim=1, stable=True)  # the smallest first
-        kept.append(dropped(change, torch.empty_like(change).scatter_(1, order, rising.expand_as(change)), key))
-    return elected(kept, weights, sign)
+
+    def chance(rows: Tensor) -> Tensor:
+        rising = torch.linspace(density - epsilon / 2, density + epsilon / 2, rows.shape[1], dtype=rows.dtype)
+        order = rows.abs().argsort(dim=1, stable=True)  # the smallest first
+        return torch.empty_like(rows).scatter_(1, order, rising.expand_as(rows))
+
+    return _by_rows(changes, [_dropping(chance, key) for key in keys], lambda kept: elected(kept, weights, sign))
 
 
-def trimmed(change: Tensor, density: float) -> Tensor:
-    """The share `density` of the values, the largest by magnitude; of equal ones at the border, all."""
-    count = max(1, int(density * change.numel()))
-    if count >= change.numel():
-        return change
-    sizes = change.abs()
-    border = sizes.flatten().kthvalue(change.numel() - count + 1).values
-    return torch.where(sizes >= border, change, 0)
+Thin = Callable[[Tensor], Tensor]  # what stays of some rows of a change; called for all of them, in order
 
 
-def dropped(change: Tensor, chance: float | Tensor, key: tuple) -> Tensor:
-    """Each value stays with its chance and is divided by it, so that the expectation is the same."""
-    drawn = torch.rand(change.shape, generator=torch_generator(*key))
-    return torch.where(drawn < chance, change / chance, 0)
+def _by_rows(changes: Sequence[Tensor], thins: Sequence[Thin], merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """What `merge` makes of what stays of each change, a few rows at a time: what is made on the way then stays in the processor's cache,
+    and the result costs a fraction of what whole matrices would."""
+    result = torch.empty_like(changes[0])
+    rows = max(1, CACHED // changes[0].shape[1])
+    for place, *parts in zip(result.split(rows), *(change.split(rows) for change in changes), strict=True):
+        place.copy_(merge([thin(part) for thin, part in zip(thins, parts, strict=True)]))
+    return result
+
+
+def _summed(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(change * weight for change, weight in zip(changes, weights, strict=True))
 
 
 def elected(changes: Sequence[Tensor], weights: Sequence[float], sign: Sign) -> Tensor:
     """The mean of w_i x_i over the values of the elected sign, 0 where there are none."""
-    votes = sum(change.sign() if sign == "frequency" else change for change in changes)
+    signs = [change.sign() for change in changes]
+    votes = sum(signs if sign == "frequency" else changes)
     winner = torch.where(votes >= 0, 1.0, -1.0)
     total, count = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
-    for change, weight in zip(changes, weights, strict=True):
-        agrees = change.sign() == winner
-        total += torch.where(agrees, change * weight, 0)
+    for change, own, weight in zip(changes, signs, weights, strict=True):
+        agrees = (own == winner).to(change.dtype)
+        total.addcmul_(change, agrees, value=weight)
         count += agrees
-    return total / count.clamp(min=1)
+    return total / count.clamp_(min=1)
+
+
+def _trimming(change: Tensor, density: float) -> Thin:
+    """The share `density` of the values, the largest by magnitude; of equal ones at the border, all."""
+    count = max(1, int(density * change.numel()))
+    if count >= change.numel():
+        return lambda rows: rows
+    border = smallest_kept(change, count)
+    return lambda rows: torch.where(rows.abs() >= border, rows, 0)
+
+
+def smallest_kept(change: Tensor, count: int) -> Tensor:
+    """The `count`-th largest magnitude. A sample says between which two values it lies; only those between them are put in order."""
+    values = change.flatten()
+    sample = values[::SAMPLED].abs().sort().values
+    middle, margin = len(sample) * (1 - count / len(values)), 3 * math.sqrt(len(sample))
+    low = float(sample[int(middle - margin)]) if middle > margin else 0.0
+    high = float(sample[int(middle + margin)]) if middle + margin < len(sample) else math.inf
+    below, between = 0, []
+    for part in values.split(CACHED):
+        sizes = part.abs()
+        below += int((sizes < low).sum())
+        between.append(sizes[(sizes >= low) & (sizes <= high)])
+    place, found = len(values) - count + 1 - below, torch.cat(between)
+    if not 0 < place <= len(found):  # the sample was not like the rest
+        place, found = place + below, values.abs()
+    return found.kthvalue(place).values
+
+
+def _dropping(chance: Callable[[Tensor], float | Tensor], key: tuple) -> Thin:
+    """Each value stays with its chance and is divided by it, so that the expectation is the same."""
+    generator = torch_generator(*key)
+
+    def thin(rows: Tensor) -> Tensor:
+        drawn, stays = torch.rand(rows.shape, generator=generator), chance(rows)
+        return torch.where(drawn < stays, rows / stays, 0)
+
+    return thin
 
 
 def content(change: Product) -> str:
