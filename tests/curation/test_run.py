@@ -261,3 +261,16 @@ def test_captions_changed_by_hand_are_found_by_what_was_written(tmp_path):
     for name, text in (("a", "one\n"), ("b", "better\n"), ("c", "new\nwords\n")):
         Path(tmp_path / f"pictures/{name}.txt").write_text(text)
     assert pipeline.edited(tmp_path / "pictures") == {"b.png": ("better",), "c.png": ("new", "words")}
+
+
+def test_captions_of_a_run_that_was_stopped_while_it_wrote_them_are_nobodys(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, now in {pipeline.MANIFEST: ("old",), pipeline.NEXT: ("newer", "fresh")}.items():
+        rows = [{"path": f"{path}.png", "captions": [text], "facts": {}} for path, text in zip("ab", now, strict=False)]
+        (pictures / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (pictures / "a.txt").write_text("newer\n")
+    (pictures / "b.txt").write_text("fresh\n")
+    assert pipeline.edited(pictures) == {}
+    (pictures / "a.txt").write_text("mine\n")
+    assert pipeline.edited(pictures) == {"a.png": ("mine",)}

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,14 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from charforgex.curation import advice, analysis, crops, duplicates, facts, people, quality, report, shards
+from charforgex.curation import advice, analysis, crops, facts, report, shards
 from charforgex.curation.cutting import file_name
+from charforgex.curation.deciding import Decided, counts, vectors_of
 from charforgex.curation.executors import Executor, Jobs
 from charforgex.curation.exports import write_webdataset
 from charforgex.curation.ingest import Unit
-from charforgex.curation.items import CLASSES, Face, Finding, Verdict
-from charforgex.curation.manifest import BY_HAND, Manifest, Record, some
+from charforgex.curation.items import Face, Finding, Verdict
+from charforgex.curation.manifest import BY_HAND, Manifest, Record
 from charforgex.curation.settings import CurationSettings
 from charforgex.curation.shards import Findings
 from charforgex.quiet import quiet
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
-FACES = 0.5  # share of pictures that must have a face for it to be asked of the others
-MOST = 0.5  # share of the pictures with a face that must show one person for the others to be somebody else
-ALONE = ("too_small", "exposure")  # classes of pictures that show too little to be held against others
-LIKER = 0.1  # by how much more of a cosine a copy shows the character much better
+NEXT = "next.jsonl"  # what the manifest is about to be, while the captions beside the pictures become so
 EVERY = 30  # seconds between two lines of progress in a log
 SAMPLE = 10_000  # pictures by which variety is measured, evenly out of all
 TOGETHER = 1000  # pictures of which a CLIP is asked at once
@@ -88,132 +86,6 @@ def scan(root: Path, cache_dir: Path, units: Sequence[Unit], settings: CurationS
         names[number] = name
         bar.step(count)
     return Findings(cache_dir, [names[number] for number in sorted(names)])
-
-
-# ---- decide ----
-
-
-@dataclass
-class Decided:
-    """What became of every finding: its verdict by index (those without one are kept), whose face it is, and groups of one picture."""
-
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
-    faces: dict[int, int] = field(default_factory=dict)  # of the character, by index
-    groups: list[list[int]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def open(self, indices: Sequence[int]) -> list[int]:
-        return [index for index in indices if index not in self.verdicts]
-
-
-def decide(findings: Findings, settings: CurationSettings, character: people.Character | None, bar: Bar) -> Decided:
-    """Exactly one class for each finding. Of nearly the same pictures the best stays, before anything else is held against it."""
-    bar.start("deciding")
-    decided = Decided()
-    everyone = range(len(findings))
-    poor: dict[int, Verdict] = {}
-    for index in everyone:
-        finding = findings[index]
-        if finding.verdict is not None:
-            decided.verdicts[index] = finding.verdict
-        elif verdict := quality.judge(finding.scores, finding.width, finding.height, settings.quality):
-            poor[index] = verdict
-            if verdict.kind in ALONE:
-                decided.verdicts[index] = verdict
-    left = decided.open(everyone)
-    chosen = findings.only(left)
-    vectors = vectors_of(findings, left) if settings.duplicates.similarity is not None else None
-    groups = duplicates.clusters(chosen, settings.duplicates, lambda place: findings.thumbnail(left[place]), vectors)
-    for group in groups:
-        decided.groups.append([left[member] for member in group.members])
-        for member, reason in group.others.items():
-            decided.verdicts[left[member]] = Verdict("duplicate", reason)
-    decided.verdicts |= {index: verdict for index, verdict in poor.items() if index not in decided.verdicts}
-    left = decided.open(everyone)
-    wanted = settings.people
-    with_face = sum(bool(findings[index].faces) for index in left)
-    if wanted.require_face and with_face < FACES * len(left):
-        wanted = replace(wanted, require_face=False)
-        decided.notes.append(
-            f"A face was found in {with_face} of {len(left)} pictures only, so none is asked for; curation.faces.detector has others."
-        )
-    if character is None and wanted.same_person and (known := most_frequent(findings, left, wanted.threshold)) is not None:
-        character, share = known
-        if share < MOST:
-            character, wanted = None, replace(wanted, same_person=False)
-            decided.notes.append(
-                f"As far as the embedder {settings.embedder} can tell, the most frequent face is in {share:.0%} of the pictures that have "
-                "one: too few to set the others aside. Name curation.people.references, or a curation.embedder that knows such faces."
-            )
-    if character is not None:
-        exchange(decided, findings, character, wanted.threshold, poor)
-        left = decided.open(everyone)
-    chosen = findings.only(left)
-    found = people.decide(chosen, lambda place: findings.face_vectors(left[place]), wanted, settings.crops, character)
-    for index, decision in zip(left, found, strict=True):
-        if decision.verdict is not None:
-            decided.verdicts[index] = decision.verdict
-        elif decision.face is not None:
-            decided.faces[index] = decision.face
-    return decided
-
-
-def exchange(
-    decided: Decided, findings: Findings, character: people.Character, threshold: float, poor: Mapping[int, Verdict]
-) -> None:  # fmt: skip
-    """Of copies one of which shows the character much better, as one that does not stand on its head, that one stays."""
-
-    def likeness(index: int) -> float:
-        return float((findings.face_vectors(index) @ character.vector).max()) if findings[index].faces else -1.0
-
-    def area(index: int) -> int:
-        return findings[index].width * findings[index].height
-
-    for group in decided.groups:
-        kept = group[0]
-        if kept in decided.verdicts:
-            continue
-        least = area(kept) if likeness(kept) >= threshold else 0  # less of a picture is no better for a higher cosine
-        fit = [index for index in group if index not in poor and area(index) >= least]
-        top = max(map(likeness, fit), default=-1.0)
-        fit = [index for index in fit if likeness(index) >= max(threshold, top - LIKER)]
-        if fit and kept not in fit:
-            best = duplicates.best(fit, findings)
-            cosine = likeness(best)
-            before = likeness(kept)
-            del decided.verdicts[best]
-            said = f"nearly the same as {findings[best].name}, which has a cosine of {cosine:.2f} to the character; this has {before:.2f}"
-            decided.verdicts[kept] = Verdict("duplicate", said)
-            group[:] = [best, *(index for index in group if index != best)]
-
-
-def most_frequent(findings: Findings, indices: Sequence[int], threshold: float) -> tuple[people.Character, float] | None:
-    """Whoever is in most pictures, and the share of the pictures with a face that show them. None where there is no face."""
-    with_face = [index for index in indices if findings[index].faces]
-    if not with_face:
-        return None
-    sample = with_face[:: math.ceil(len(with_face) / people.SAMPLE)]
-    found = people.most_frequent(np.concatenate([findings.face_vectors(index) for index in sample]), threshold)
-    shown = sum(float((findings.face_vectors(index) @ found.vector).max()) >= threshold for index in with_face)
-    return found, shown / len(with_face)
-
-
-def vectors_of(findings: Findings, indices: Sequence[int]) -> np.ndarray | None:
-    vectors = [findings.vector(index) for index in indices]
-    return None if not vectors or any(vector is None for vector in vectors) else np.stack(vectors)
-
-
-def counts(findings: Findings, decided: Decided) -> dict[str, int]:
-    """Files of each class, in the order of `CLASSES`."""
-    found = Counter(verdict.kind for verdict in decided.verdicts.values())
-    found["kept"] = len(findings) - len(decided.verdicts)
-    return {kind: found[kind] for kind in CLASSES if found[kind]}
-
-
-def nothing_kept(root: str, decided: Decided, out: Path) -> str:
-    found = Counter(verdict.kind for verdict in decided.verdicts.values())
-    told = some([f"{count} {kind.replace('_', ' ')}" for kind, count in found.most_common()])
-    return f"data.root={root}: no picture is kept ({told}). {out / 'report.html'} says why for each; curation=... has the limits."
 
 
 # ---- cut ----
@@ -373,15 +245,20 @@ def captioner_of(settings: CurationSettings) -> Captioner | None:
 
 def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
     """Captions beside the pictures of an earlier run that are not what it wrote, or were not in one before: somebody improved them."""
-    if not (pictures / MANIFEST).is_file():
-        return {}
+    written: dict[str, set[tuple[str, ...]]] = {}
+    by_hand = set()
+    for manifest in (pictures / MANIFEST, pictures / NEXT):  # the latter of a run that was stopped while it wrote captions
+        for line in manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else ():
+            record = json.loads(line)
+            written.setdefault(record["path"], set()).add(tuple(record["captions"]))
+            if record["facts"].get(BY_HAND):
+                by_hand.add(record["path"])
     found = {}
-    for line in (pictures / MANIFEST).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        path = (pictures / record["path"]).with_suffix(".txt")
+    for name, captions in written.items():
+        path = (pictures / name).with_suffix(".txt")
         texts = tuple(text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()) if path.is_file() else None
-        if texts is not None and (texts != tuple(record["captions"]) or record["facts"].get(BY_HAND)):
-            found[record["path"]] = texts
+        if texts is not None and (texts not in captions or name in by_hand):
+            found[name] = texts
     return found
 
 
@@ -418,11 +295,12 @@ def assemble(
         about = {name: row[name] for name in ("sha256", "width", "height", "mask", "mask_sha256")}
         records.append(Record(row["file"], captions=captions.texts.get(row["file"], ()), split=side, facts=known, **about))
     pictures = out / PICTURES
-    for record in records:
-        write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
     manifest = Manifest(pictures, tuple(records))
     if not records:
         return manifest
+    manifest.write(pictures / NEXT)
+    for record in records:
+        write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
     manifest.write(pictures / MANIFEST)  # what a later run compares captions with, to see what somebody changed
     if settings.manifest == "parquet":
         manifest.write(pictures / "manifest.parquet")
@@ -442,17 +320,6 @@ def assemble(
 
 def rounded(scores: Mapping[str, float]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in scores.items()}
-
-
-def character(settings: CurationSettings) -> people.Character | None:
-    """Who is wanted, by the pictures that the user names; None without any."""
-    if settings.people.references is None:
-        return None
-    from charforgex.curation.faces import get_detector
-    from charforgex.embedders import get_embedder
-
-    with quiet("transformers"):
-        return people.from_references(settings.people.references, get_detector(settings.faces), get_embedder(settings.embedder))
 
 
 # ---- tell ----

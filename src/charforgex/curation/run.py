@@ -83,7 +83,7 @@ def make_dataset(
 
     Raises DataError if no picture is kept.
     """
-    from charforgex.curation import exports, ingest, pipeline, report
+    from charforgex.curation import deciding, exports, ingest, pipeline, report
     from charforgex.curation.executors import get_executor
 
     started = time.perf_counter()
@@ -97,7 +97,7 @@ def make_dataset(
     if settings.manifest == "parquet":
         exports.need_pyarrow()
     captioner = None if only_report else pipeline.captioner_of(settings)
-    character = pipeline.character(settings)
+    character = deciding.character(settings)
     units = ingest.units(root, settings.ingest, leave_out=[out, cache_dir])
     if not units:
         raise DataError(f"data.root={source.root} has no files; names that begin with a dot are not looked at.")
@@ -105,7 +105,8 @@ def make_dataset(
     executor = get_executor(settings.where(cache_dir))
     with pipeline.progress(console) as bar:
         findings = pipeline.scan(folder, cache_dir, units, settings, executor, bar)
-        decided = pipeline.decide(findings, settings, character, bar)
+        bar.start("deciding")
+        decided = deciding.decide(findings, settings, character)
         if only_report:
             cuts, manifest = pipeline.as_they_are(folder, findings, decided)
         else:
@@ -115,7 +116,7 @@ def make_dataset(
         told = pipeline.tell(out, root.name, findings, decided, cuts, manifest, settings, bar)
     report.summary(console, told, out / report.HTML)
     if not manifest.records:
-        raise DataError(pipeline.nothing_kept(source.root, decided, out))
+        raise DataError(deciding.nothing_kept(source.root, decided, out))
     result = {
         "manifest": None if only_report else str(manifest.root / pipeline.MANIFEST),
         "report": str(out / report.HTML),
