@@ -28,8 +28,12 @@ MERGES = {  # name in the table: settings of charforgex.merge
     "merged: linear, a half each": {"method": "linear"},
     "merged: stack": {"method": "stack"},
     "merged: svd": {"method": "svd", "weights": [1, 1], "rank": 16},
+    "merged: slerp": {"method": "slerp"},
+    "merged: orthogonal": {"method": "orthogonal"},
     "merged: ties": {"method": "ties"},
+    "merged: della": {"method": "della"},
 }
+WEIGHTS = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the stronger one, beside 1 of the other
 
 
 class Person:
@@ -150,6 +154,20 @@ def merged(loras: Sequence[Path], folder: Path) -> dict[str, Path]:
     return files
 
 
+def balanced(loras: Sequence[Path], folder: Path, stronger: int, weights: Sequence[float]) -> dict[str, Path]:
+    """Stacked, the stronger of the two with each of these weights."""
+    import charforgex
+
+    files = {}
+    for weight in weights:
+        both = [1.0, 1.0]
+        both[stronger] = weight
+        out = folder / f"stack-{weight:g}.safetensors"
+        charforgex.merge(lora=[str(path) for path in loras], out=str(out), overwrite=True, method="stack", weights=both)
+        files["merged: stack, weights {:g} and {:g}".format(*both)] = out
+    return files
+
+
 def distilled(loras: Sequence[Path], folder: Path, steps: int | None) -> tuple[Path, dict]:
     import charforgex
 
@@ -223,19 +241,27 @@ def main() -> None:
     files["both loaded"] = loras
     files |= {name: [path] for name, path in merged(loras, folder).items()}
     path, told = distilled(loras, folder, steps)
-    files["distilled"] = [path]
 
     bench = Bench(people, seeds=1 if options.quick else 2, prompts=4 if options.quick else 8)
     rows, pictures, sizes = {}, {}, {}
-    for name, paths in files.items():
+
+    def look(name: str, paths: Sequence[Path]) -> None:
         rows[name], pictures[name] = bench.measured(paths)
         sizes[name] = " + ".join(ranks_of(path) for path in paths)
         print(f"{name}: " + ", ".join(f"{p.word} gain {r['gain']:.2f}" for p, r in zip(people, rows[name], strict=True)), flush=True)
+
+    for name, paths in files.items():
+        look(name, paths)
+    both = rows["both loaded"]
+    weighted = balanced(loras, folder, both.index(max(both, key=lambda row: row["gain"])), WEIGHTS[:1] if options.quick else WEIGHTS)
+    for name, path_of in weighted.items():
+        look(name, [path_of])
+    look("distilled", [path])
     if not options.quick:
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         shown = [[picture for one in drawn for picture in one[:: len(one) // SHOWN][:SHOWN]] for drawn in pictures.values()]
         real = [picture for person in people for picture in person.renders(SHOWN, "shown")]
-        rows_said = ("real", *(name.replace("`", "") for name in files))
+        rows_said = ("real", *(name.replace("`", "") for name in rows))
         sheet = contact_sheet([real, *shown], rows_said, (), "two characters")
         sheet.quantize(256).save(PICTURE, optimize=True)
         put(section(people, bench, rows, sizes, told))
