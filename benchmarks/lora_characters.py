@@ -174,7 +174,9 @@ def distilled(loras: Sequence[Path], folder: Path, steps: int | None) -> tuple[P
     out = folder / "distilled.safetensors"
     settings = {"lora": [str(path) for path in loras], "out": str(out), "rank": 16, "together": False, "overwrite": True}
     settings |= {"steps": steps, "count": 8} if steps else {}
-    return out, charforgex.lora_tool("distill", **settings)
+    started = time.process_time()
+    told = charforgex.lora_tool("distill", **settings)
+    return out, told | {"cpu_minutes": (time.process_time() - started) / 60}
 
 
 def table(people: Sequence[Person], bench: Bench, rows: dict[str, list[dict]], sizes: dict[str, str]) -> str:
@@ -204,7 +206,7 @@ that of real pictures
 
 {table(people, bench, rows, sizes)}
 
-Distilled with `together=false` in {told["seconds"] / 60:.1f} minutes and {told["steps"]} steps: the error of its predictions on
+Distilled with `together=false` in {told["cpu_minutes"]:.0f} CPU-minutes and {told["steps"]} steps: the error of its predictions on
 held-out latents fell from {error["truncated"]:.2f} (the truncated sum) to {error["distilled"]:.2f} (step {told["best_step"]}), where 1 is
 what the base lacks.
 
