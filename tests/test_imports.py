@@ -23,7 +23,13 @@ ALLOWED = {
     "generation": {"families", "lora"},
     "toolbox": {"families", "lora"},
     "merging": {"families", "lora", "toolbox"},
-    "evaluation": {"generation", "curation.manifest", "families.base", "charworld", "embedders"},
+    "evaluation": {
+        "generation",
+        "families.base",
+        "charworld",
+        "embedders",
+        *(f"curation.{name}" for name in ("manifest", "faces", "people", "quality")),
+    },
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")
 LIGHT = ["charforgex", *(f"charforgex.{name}" for name in ("cli", "config", "binding", "overrides", "runs", "errors", "draws"))]

@@ -34,10 +34,16 @@ class Shot:
     pack: str = ""
     seed: int | None = None
     key: str = ""  # names the content, for caches; a hash of the recipe or of the file
+    people: tuple[str, ...] = ()  # who is in it, or was asked for, where that is known
 
     @property
     def name(self) -> str:
         return self.picture.name if isinstance(self.picture, Path) else f'"{self.prompt}" seed {self.seed}'
+
+    @property
+    def marks(self) -> list[object]:
+        """What only this picture has: its key, its file or itself."""
+        return [mark for mark in (self.key, self.picture if isinstance(self.picture, Path) else id(self.picture)) if mark]
 
     def open(self) -> Image:
         """RGB. Raises DataError."""
@@ -72,6 +78,18 @@ class Gallery:
         names = [shot.prompt or f"\0{shot.key or i}" for i, shot in enumerate(self.shots)]
         return np.unique(names, return_inverse=True)[1] if names else np.zeros(0, np.int64)
 
+    def same(self, other: Gallery) -> np.ndarray:
+        """bool (N, M): which shots are one picture with which of `other`, so that none is compared with itself."""
+        places: dict[object, list[int]] = {}
+        for j, shot in enumerate(other.shots):
+            for name in shot.marks:
+                places.setdefault(name, []).append(j)
+        found = np.zeros((len(self), len(other)), bool)
+        for i, shot in enumerate(self.shots):
+            for name in shot.marks:
+                found[i, places.get(name, [])] = True
+        return found
+
     def only(self, *packs: str) -> Gallery:
         """The shots of these prompt packs."""
         return Gallery(self.name, [shot for shot in self.shots if shot.pack in packs], self.cache)
@@ -82,31 +100,32 @@ class Gallery:
             shots = list(self.shots[start : start + size])
             yield shots, [shot.open() for shot in shots]
 
-    def vectors(self, name: str, see: Callable[[Sequence[Image]], Tensor]) -> np.ndarray:
+    def vectors(self, name: str, see: Callable[[Sequence[Image]], Tensor], partial: bool = False) -> np.ndarray:
         """float32 (N, D): `see` of each picture, unit vectors; memory-mapped where there is a cache. `name` identifies `see` to it.
 
-        Raises DataError for vectors that are not finite or not of length 1, naming the picture.
+        `partial`: rows of NaN say that the picture lacks what is looked for, such as a face.
+        Raises DataError for other vectors that are not finite or not of length 1, naming the picture.
         """
         if name not in self._vectors:
-            self._vectors[name] = self._remembered(name, see)
+            self._vectors[name] = self._remembered(name, see, partial)
         return self._vectors[name]
 
-    def _remembered(self, name: str, see: Callable[[Sequence[Image]], Tensor]) -> np.ndarray:
+    def _remembered(self, name: str, see: Callable[[Sequence[Image]], Tensor], partial: bool) -> np.ndarray:
         if self.cache is None or not self.shots or not all(shot.key for shot in self.shots):
-            blocks = [self._seen(name, see, *batch) for batch in self.batches()]
+            blocks = [self._seen(name, see, partial, *batch) for batch in self.batches()]
             return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
         key = hashlib.sha256("\n".join([name, *(shot.key for shot in self.shots)]).encode()).hexdigest()
         path = self.cache / f"{key}.npy"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
             with replace_atomic(path) as temporary:
-                self._write(temporary, name, see)
+                self._write(temporary, name, see, partial)
         return np.load(path, mmap_mode="r")
 
-    def _write(self, path: Path, name: str, see: Callable[[Sequence[Image]], Tensor]) -> None:
+    def _write(self, path: Path, name: str, see: Callable[[Sequence[Image]], Tensor], partial: bool) -> None:
         start, found = 0, None
         for batch in self.batches():
-            rows = self._seen(name, see, *batch)
+            rows = self._seen(name, see, partial, *batch)
             if found is None:
                 found = np.lib.format.open_memmap(path, "w+", np.float32, (len(self), rows.shape[1]))
             found[start : start + len(rows)] = rows
@@ -114,10 +133,13 @@ class Gallery:
         found.flush()
 
     @staticmethod
-    def _seen(name: str, see: Callable, shots: Sequence[Shot], pictures: Sequence[Image]) -> np.ndarray:
+    def _seen(name: str, see: Callable, partial: bool, shots: Sequence[Shot], pictures: Sequence[Image]) -> np.ndarray:
         rows = see(pictures).float().cpu().numpy()
         lengths = np.linalg.norm(rows, axis=1)
-        for shot, length in zip(shots, lengths, strict=True):
-            if not abs(length - 1) <= UNIT:  # NaN is not near anything
-                raise DataError(f"{name} makes a vector of length {length} of {shot.name}, and not of 1; use another embedder.")
+        lacking = np.isnan(rows).all(1) & partial
+        for shot, length, lacks in zip(shots, lengths, lacking, strict=True):
+            if not lacks and not abs(length - 1) <= UNIT:  # NaN is not near anything
+                raise DataError(
+                    f"{name.partition('@')[0]} makes a vector of length {length} of {shot.name}, and not of 1; use another embedder."
+                )
         return rows

@@ -1,0 +1,103 @@
+"""What metrics see with. Each model is loaded once, and named by its content: caches of what it saw go stale with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from charforgex.curation.faces import Detector, FaceSettings, get_detector
+from charforgex.errors import DataError
+from charforgex.runs import sha256_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from charforgex.embedders import Clip, Embedder
+    from charforgex.evaluation.gallery import Gallery
+
+
+@cache
+def stamp(source: str, embedded: str) -> str:
+    """A model by its address and, where that is on this machine, its content. `embedded` is the folder that "charworld" means."""
+    from charforgex.charworld.assets import ROOT
+
+    place = ROOT / embedded if source == "charworld" else Path(source).expanduser()
+    return f"{source}@{sha256_path(place)}" if place.exists() else source
+
+
+class Recogniser:
+    """Vectors of who is in a picture: of the whole of it, or of its faces where there is a detector."""
+
+    def __init__(self, name: str, embedder: Embedder, detector: Detector | None):
+        from PIL import Image
+
+        self.name, self.embedder, self.detector = name, embedder, detector
+        self.width = embedder([Image.new("RGB", (112, 112), (127, 127, 127))]).shape[1]
+
+    def __call__(self, gallery: Gallery) -> np.ndarray:
+        """float32 (N, D): unit vectors of the pictures or of their largest faces; NaN for pictures without a face. Raises DataError."""
+        return gallery.vectors(self.name, self._see, partial=self.detector is not None)
+
+    def faces(self, picture: Image) -> np.ndarray:
+        """float32 (F, D): all faces, the largest first."""
+        views = self._views(picture)
+        return self._embedded(views).numpy() if views else np.zeros((0, self.width), np.float32)
+
+    def _see(self, pictures: Sequence[Image]) -> Tensor:
+        if self.detector is None:
+            return self.embedder(pictures)
+        import torch
+
+        largest = [self._views(picture)[:1] for picture in pictures]
+        found = torch.full((len(pictures), self.width), torch.nan)
+        there = [i for i, views in enumerate(largest) if views]
+        if there:
+            found[there] = self._embedded([largest[i][0] for i in there])
+        return found
+
+    def _views(self, picture: Image) -> list[Image]:
+        from charforgex.curation.people import view
+
+        faces = sorted(self.detector.detect(np.asarray(picture)), key=lambda face: -face.width * face.height)
+        return [view(picture, face, self.embedder) for face in faces]
+
+    def _embedded(self, views: Sequence[Image]) -> Tensor:
+        vectors = self.embedder(views).float().cpu()
+        if not vectors.isfinite().all():
+            raise DataError(f"{self.embedder.name} makes vectors that are not finite of faces; use another embedder.")
+        return vectors
+
+
+@cache
+def recogniser(embedder: str, faces: FaceSettings | None = None) -> Recogniser:
+    """`embedder` as of `get_embedder`. `faces` finds what is compared; None compares whole pictures, except for embedders of aligned faces,
+    which get `FaceSettings()`. Raises ConfigError and ModelError."""
+    from charforgex.embedders import get_embedder
+
+    eye = get_embedder(embedder, faces=True)
+    faces = FaceSettings() if faces is None and eye.aligned else faces
+    name = f"identity {stamp(embedder, 'judge')}"
+    if faces is None:
+        return Recogniser(name, eye, None)
+    told = asdict(faces) | {"model": faces.model and stamp(faces.model, "detector")}
+    return Recogniser(f"{name} {json.dumps(told)} {stamp('charworld', 'detector')}", eye, get_detector(faces))
+
+
+@cache
+def get_clip(source: str) -> Clip:
+    """As `embedders.get_clip`, once."""
+    from charforgex import embedders
+
+    return embedders.get_clip(source)
+
+
+def clip_vectors(gallery: Gallery, source: str) -> np.ndarray:
+    """float32 (N, D): what a CLIP sees in the pictures."""
+    return gallery.vectors(f"clip {stamp(source, 'clip')}", get_clip(source).see)
