@@ -105,8 +105,8 @@ def character(family_name: str, number: int, folder: Path) -> dict:
 
 
 def describe(number: int) -> str:
+    from charforgex.charworld.demo import held_out_character
     from charforgex.charworld.world import identity_phrases
-    from charforgex.data.rendered import held_out_character
 
     identity = held_out_character(number)
     return f"{identity.kind}, " + ", ".join(identity_phrases(identity).values())
@@ -119,7 +119,7 @@ def traits(family_name: str, number: int, result: dict) -> dict[str, float]:
 
     from charforgex.charworld import drawing, world
     from charforgex.charworld.assets import load_judge
-    from charforgex.data.rendered import held_out_character, trigger_of
+    from charforgex.charworld.demo import held_out_character, trigger_of
     from charforgex.embedders import to_pixels
     from charforgex.families import registry
     from charforgex.generation.sampling import sample

@@ -40,14 +40,14 @@ class Person:
     """A held-out character: its training pictures and how like it others are."""
 
     def __init__(self, number: int, word: str):
-        from charforgex.data.rendered import held_out_character
+        from charforgex.charworld.demo import held_out_character
 
         self.number, self.identity = number, held_out_character(number)
         self.word, self.trigger = word, f"{word} {self.identity.kind}"
 
     def write(self, folder: Path) -> Path:
         """30 pictures with captions that call it by its own word."""
-        from charforgex.data.rendered import TRIGGER, write_character
+        from charforgex.charworld.demo import TRIGGER, write_character
 
         write_character(folder, self.number)
         for path in folder.glob("*.txt"):
@@ -67,8 +67,8 @@ class Bench:
     """The base, and what is measured of pictures."""
 
     def __init__(self, people: Sequence[Person], seeds: int, prompts: int):
+        from charforgex.charworld.demo import other_characters
         from charforgex.config import compose
-        from charforgex.data.rendered import other_characters
         from charforgex.embedders import get_embedder
         from charforgex.evaluation.alignment import get_follower
         from charforgex.evaluation.identity import similarity

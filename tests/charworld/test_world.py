@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from charforgex.charworld import drawing, world
-from charforgex.data.rendered import RenderedBank, held_out_character, scene_of
+from charforgex.charworld.demo import held_out_character
+from charforgex.data.rendered import RenderedBank, scene_of
 
 
 def draw(seed, held_out=False):

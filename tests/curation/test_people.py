@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from charforgex.charworld import drawing, world
+from charforgex.charworld.demo import held_out_character
 from charforgex.curation import people
 from charforgex.curation.crops import CropSettings
 from charforgex.curation.faces import posed
 from charforgex.curation.items import Face, Finding, Verdict
 from charforgex.curation.people import ARCFACE, Character, PeopleSettings, aligned, decide, head_crop, most_frequent, unit
-from charforgex.data.rendered import held_out_character
 from charforgex.embedders import get_embedder
 from charforgex.errors import DataError
 

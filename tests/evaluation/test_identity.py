@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from charforgex.charworld import drawing, world
-from charforgex.data.rendered import held_out_character
+from charforgex.charworld.demo import held_out_character
 from charforgex.embedders import CharworldEmbedder, get_embedder, to_pixels
 from charforgex.errors import ConfigError, ModelError
 from charforgex.evaluation.identity import diversity, nearest, similarity

@@ -124,7 +124,7 @@ def test_what_a_lora_does_to_encoders_is_learnt_by_the_denoiser(tmp_path):
 
 
 def test_pictures_are_looked_at_in_place_of_drawn_ones(tmp_path):
-    from charforgex.data.rendered import write_character
+    from charforgex.charworld.demo import write_character
 
     write_character(tmp_path / "pictures", 0, 8, size=64)
     lora = lora_file(tmp_path / "a.safetensors", "sdxl", "charworld", trigger="zatoki woman", ends=("attn2.to_q", "attn2.to_v"))

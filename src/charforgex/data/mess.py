@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from charforgex.charworld import drawing, world
-from charforgex.data.rendered import TRIGGER, UNSEEN_SCENES, held_out_character
+from charforgex.charworld.demo import TRIGGER, UNSEEN_SCENES, held_out_character
 
 Made = tuple[str, bytes]  # suffix of the file and its content
 

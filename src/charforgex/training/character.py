@@ -16,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from charforgex import binding, runs
+from charforgex.charworld.demo import DEMO, number_of, other_characters, trigger_of, write_character
 from charforgex.config import bind, conf_folder
 from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
 from charforgex.data.datamodule import CharacterData, LoadParts
 from charforgex.data.mess import DEMO as MESS
 from charforgex.data.mess import write_mess
-from charforgex.data.rendered import trigger_of, write_character
 from charforgex.embedders import get_embedder
 from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation.alignment import get_follower
@@ -47,7 +47,7 @@ from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
 from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
-from charforgex.training.run import DEMO, Clock, Settings, data_options
+from charforgex.training.run import Clock, Settings, data_options
 from charforgex.types import Components
 
 DEMO_PICTURES = 30
@@ -148,7 +148,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         restore(job, module, checkpoints)
     parts.modules |= load_parts(["vae"]).modules
     parts["vae"].encoder = None  # pictures are all encoded; only previews are decoded from here on
-    measuring = Measuring(job, family, parts, data, objective, module)
+    measuring = Measuring(job, family, parts, data, module)
     loggers = [measuring.log, *make_loggers(job)]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -176,18 +176,16 @@ def find_character(cfg: DictConfig, run_dir: Path) -> Character:
     source, others = str(cfg.data.source), cfg.evaluation.others
     if not source.startswith(DEMO):
         return Character(Path(source), cfg.data.trigger, others)
-    number = source.removeprefix(DEMO)
-    if not number.isdigit():
-        raise ConfigError(f"data.source={source} must be {DEMO} and a number, such as {DEMO}0.")
+    number = number_of(source, "data.source")
     if cfg.data.trigger is not None:
         raise ConfigError(f"data.trigger={cfg.data.trigger} has no effect with data.source={source}, whose captions have their own.")
     folder = run_dir / "pictures"
     if cfg.get("curation"):
         if not folder.is_dir() or len(list(folder.iterdir())) < sum(MESS.values()):
-            write_mess(folder, int(number), captions=False)
+            write_mess(folder, number, captions=False)
     elif not (folder / f"{DEMO_PICTURES - 1:03d}.txt").exists():
-        write_character(folder, int(number), DEMO_PICTURES)
-    return Character(folder, trigger_of(int(number)), others or source)
+        write_character(folder, number, DEMO_PICTURES)
+    return Character(folder, trigger_of(number), others or source)
 
 
 def curated(job: Job) -> tuple[Path, int | None]:
@@ -388,13 +386,13 @@ def finish_wandb(run, offline: bool, console: Console) -> None:
 class Measuring:
     """Called with the step at every evaluation: draws, measures, logs, and remembers the best checkpoint."""
 
-    def __init__(self, job: Job, family: Family, parts: Components, data: CharacterData, objective: Objective, module: DenoiserModule):
+    def __init__(self, job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule):
         self.job, self.module = job, module
         self.log = StepLog(job.run_dir / "metrics.csv", module.step)
         others = other_pictures(job.character.others, data)
         with job.console.status("measuring the base model"):
             self.knowing = Knowing(
-                family, parts, data, objective, get_embedder(job.settings.evaluation.embedder),
+                family, parts, data, get_embedder(job.settings.evaluation.embedder),
                 get_follower(job.settings.evaluation.follower), job.settings.evaluation, job.settings.sampling, module.live, others,
                 job.cfg.seed,
             )  # fmt: skip
@@ -436,9 +434,7 @@ def other_pictures(source: str | None, data: CharacterData) -> list:
     if source is None:
         return []
     if str(source).startswith(DEMO):
-        from charforgex.data.rendered import other_characters
-
-        return other_characters(int(str(source).removeprefix(DEMO)))
+        return other_characters(number_of(str(source), "evaluation.others"))
     folder = Path(source)
     pictures = []
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
@@ -493,6 +489,7 @@ def finish(
         "diversity": {"base": anchors.diversity, "lora": best.diversity},
         "nearest_training_picture": best.nearest,
         "validation": {"base": anchors.validation, "lora": best.validation},
+        "levels": {"base": anchors.levels, "lora": best.levels},
         "extra": {"base": anchors.extra, "lora": best.extra},
         "best_step": best.step,
         "steps": measuring.history[-1].step,

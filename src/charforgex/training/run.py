@@ -28,8 +28,6 @@ from charforgex.training.settings import (
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-DEMO = "charworld:"  # data.source=charworld:N draws the Nth held-out character
-
 
 @dataclass(frozen=True)
 class Settings:
