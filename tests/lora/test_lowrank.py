@@ -80,6 +80,28 @@ def test_the_largest_directions_alone_are_those_of_all(shape):
     assert len(lowrank.dense_spectrum(change, 30).values) == 40, "all at once are as quick"
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e17])
+@pytest.mark.parametrize("kind", ["flat", "even", "steep", "low", "low and flat", "unit", "zero"])
+def test_the_largest_directions_lack_no_more_than_the_least(kind, scale):
+    """Where float32 would do and where it would not: told as it is, and as small as can be."""
+    left, right = (torch.linalg.qr(randn(side, 160).double()).Q for side in (160, 210))
+    i = torch.arange(160).double()
+    values = {
+        "flat": 1 - i / 200, "even": 1 / (1 + i), "steep": torch.exp(-i / 3), "low": (i < 6).double(), "low and flat": (i < 6) + 1e-4,
+        "unit": torch.ones(160).double(), "zero": torch.zeros(160).double(),
+    }[kind]  # fmt: skip
+    dense = torch.eye(160) if kind == "unit" else ((left * values) @ right.T).float()
+    dense = dense * scale
+    exact = torch.linalg.svdvals(dense.double())
+    for change in (dense, dense.T):
+        for rank in (3, 8, 30):
+            found = lowrank.dense_spectrum(change, rank)
+            best = float(exact[rank:].norm() / exact.norm()) if exact[0] else 0.0
+            lacks = float((whole(found.truncated(rank)) - change.double()).norm() / exact.norm()) if exact[0] else 0.0
+            assert lacks == pytest.approx(best, rel=1e-5, abs=2e-6), (rank, "what it lacks")
+            assert found.error(rank) == pytest.approx(best, rel=1e-5, abs=2e-6), (rank, "what it tells")
+
+
 def test_equal_and_zero_factors():
     one = drawn(4)
     doubled = lowrank.spectrum(lowrank.stacked([one, one]))
