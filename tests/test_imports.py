@@ -23,13 +23,7 @@ ALLOWED = {
     "generation": {"families", "lora"},
     "toolbox": {"families", "lora"},
     "merging": {"families", "lora", "toolbox"},
-    "evaluation": {
-        "generation",
-        "families.base",
-        "charworld",
-        "embedders",
-        *(f"curation.{name}" for name in ("manifest", "faces", "people", "quality")),
-    },
+    "evaluation": {"generation", "families", "lora", "curation", "charworld", "embedders"},
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")
 LIGHT = ["charforgex", *(f"charforgex.{name}" for name in ("cli", "config", "binding", "overrides", "runs", "errors", "draws"))]
