@@ -401,9 +401,9 @@ def test_wandb_offline_and_tensorboard(base, tmp_path, monkeypatch):
 
 
 def test_pictures_carry_no_folders_of_the_bases_files(tmp_path):
-    from charforgex.generation.run import _public_name
+    from charforgex.generation.run import public_name
 
     one, two = tmp_path / "flux1-dev.safetensors", tmp_path / "ae.safetensors"
     one.touch(), two.touch()
-    assert _public_name(str(one)) == "flux1-dev.safetensors"
-    assert _public_name(f"{one}+{two}+black-forest-labs/FLUX.1-dev") == "flux1-dev.safetensors+ae.safetensors+black-forest-labs/FLUX.1-dev"
+    assert public_name(str(one)) == "flux1-dev.safetensors"
+    assert public_name(f"{one}+{two}+black-forest-labs/FLUX.1-dev") == "flux1-dev.safetensors+ae.safetensors+black-forest-labs/FLUX.1-dev"

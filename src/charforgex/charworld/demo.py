@@ -1,4 +1,4 @@
-"""The demo's characters, whom no model has seen: what a folder of somebody's pictures is elsewhere. They and their pictures have numbers."""
+"""The demo's characters, whom no model saw: what a folder of somebody's pictures is elsewhere. They and their pictures have numbers."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from charforgex.config import bind
 from charforgex.errors import ConfigError, ModelError
 from charforgex.generation import report
 from charforgex.generation.prompts import check_templates, expand, read_prompts
-from charforgex.generation.settings import Settings
+from charforgex.generation.settings import SamplingSettings, Settings
 from charforgex.runs import create_run_dir, save_config, sha256_file, versions, write_provenance, write_result
 
 if TYPE_CHECKING:
     from charforgex.generation.metadata import LoraUse, Recipe
-    from charforgex.generation.stack import Stack
+    from charforgex.generation.stack import Adapter, Stack
     from charforgex.types import Components
 
 ROOT = "generated"
@@ -56,8 +56,8 @@ def generate(cfg: Any) -> dict[str, Any]:
     scheduler = check_sampling(stack.family, stack.bare, settings, settings.guidance_rescale)
     trigger = _trigger(settings, stack, templates)
     check_templates(templates, settings.wildcard_dir, trigger)
-    size = _size(settings, stack)
-    device, dtype = _device(settings), _dtype(settings)
+    size = size_of(settings, stack)
+    device, dtype = device_of(settings), dtype_of(settings)
     jobs = plan(templates, settings, trigger)
     out = create_run_dir(ROOT, "") if settings.out is None else settings.out
     out.mkdir(parents=True, exist_ok=True)
@@ -65,24 +65,17 @@ def generate(cfg: Any) -> dict[str, Any]:
     save_config(out, cfg)
     write_provenance(out, seed=jobs[0].seed, inputs={adapter.name: adapter.path for adapter in stack.adapters})
 
-    with report.progress(len(jobs)) as bar, _hashing(stack) as base_hash:
+    with report.progress(len(jobs)) as bar, _hashing(stack) as hash_of_base:
         bar.say(f"loading {stack.base}")
         parts = load(stack, device, dtype, settings.tokenizers)
         loaded = time.perf_counter()
         truncated = _truncated(stack, parts, jobs)
-        common = dict(
-            negative=settings.negative, width=size[1], height=size[0], steps=settings.steps, guidance=settings.guidance,
-            true_guidance=settings.true_guidance if stack.family.has_true_guidance else None,
-            guidance_rescale=settings.guidance_rescale, scheduler=settings.scheduler, scheduler_class=type(scheduler).__name__,
-            schedule_type="Karras" if scheduler.config.get("use_karras_sigmas") else None, family=stack.family.name,
-            base=_public_name(stack.base), base_is_file=Path(stack.base).expanduser().is_file(), dtype=str(dtype).removeprefix("torch."),
-            versions={name: versions()[name] for name in ("charforgex", "torch", "diffusers")},
-        )  # fmt: skip
-        loras = _lora_uses(stack)
+        common = shared(stack, settings, size, scheduler, dtype, settings.guidance_rescale)
+        loras = lora_uses(stack)
         files: dict[int, Path] = {}
         for batch, pictures in _sampled(stack, parts, jobs, settings, size, bar.step):
             for job, picture in zip(batch, pictures, strict=True):
-                recipe = _recipe(job, common, base_hash(), loras)
+                recipe = _recipe(job, common, hash_of_base(), loras)
                 files[job.number] = _save(picture, out, job, len(jobs), recipe)
     sampled = time.perf_counter()
 
@@ -96,7 +89,7 @@ def generate(cfg: Any) -> dict[str, Any]:
     settings_used = {key: value for key, value in common.items() if key not in ("family", "base", "base_is_file", "versions")}
     result = {
         "out": str(out),
-        "sheets": [str(path) for path in report.write_sheets(out, pictures, _public_name(stack.base), settings_used)]
+        "sheets": [str(path) for path in report.write_sheets(out, pictures, public_name(stack.base), settings_used)]
         if settings.sheet
         else [],
         "pictures": pictures,
@@ -132,16 +125,21 @@ def plan(templates: Sequence[str], settings: Settings, trigger: str | None) -> l
 
 def load(stack: Stack, device: str, dtype: Any, tokenizer: str | None = None) -> Components:
     """The whole base with its LoRAs in it. Raises ModelError or LoraError."""
+    with enough_memory("a smaller base, or dtype=bfloat16"):
+        parts = stack.family.load(stack.base, dtype=dtype, device=device, tokenizer=tokenizer)
+        for adapter in stack.adapters:
+            add(parts, adapter)
+    return parts
+
+
+def add(parts: Components, adapter: Adapter) -> None:
+    """Puts a LoRA and its new tokens into a loaded base. Raises LoraError."""
     from charforgex.families.tokens import add_tokens
     from charforgex.lora.inject import load_adapter
 
-    with _enough_memory("a smaller base, or dtype=bfloat16"):
-        parts = stack.family.load(stack.base, dtype=dtype, device=device, tokenizer=tokenizer)
-        for adapter in stack.adapters:
-            load_adapter(parts, adapter.lora, adapter.name)
-            for component, rows in adapter.tokens.items():
-                add_tokens(parts, component, adapter.trigger.split()[0], rows)
-    return parts
+    load_adapter(parts, adapter.lora, adapter.name)
+    for component, rows in adapter.tokens.items():
+        add_tokens(parts, component, adapter.trigger.split()[0], rows)
 
 
 def _sampled(
@@ -158,7 +156,7 @@ def _sampled(
         for start in range(0, len(mine), settings.batch_size):
             batch = mine[start : start + settings.batch_size]
             share = len(batch)
-            with _enough_memory(f"batch_size={max(1, len(batch) // 2)}, or a smaller width and height"):
+            with enough_memory(f"batch_size={max(1, len(batch) // 2)}, or a smaller width and height"):
                 pictures = sample(
                     stack.family, parts, [job.prompt for job in batch], [job.seed for job in batch], size=size, steps=settings.steps,
                     guidance=settings.guidance, true_guidance=settings.true_guidance, negative=settings.negative,
@@ -169,7 +167,7 @@ def _sampled(
 
 
 @contextmanager
-def _enough_memory(way_out: str) -> Iterator[None]:
+def enough_memory(way_out: str) -> Iterator[None]:
     import torch
 
     try:
@@ -201,7 +199,7 @@ def _trigger(settings: Settings, stack: Stack, templates: Sequence[str]) -> str 
     return ", ".join(dict.fromkeys(adapter.trigger for adapter in stack.adapters if adapter.trigger)) or None
 
 
-def _size(settings: Settings, stack: Stack) -> tuple[int, int]:
+def size_of(settings: Settings, stack: Stack) -> tuple[int, int]:
     from charforgex.generation.sampling import check_size
 
     default, multiple = stack.family.default_size(stack.bare), stack.family.pixel_multiple(stack.bare)
@@ -211,7 +209,7 @@ def _size(settings: Settings, stack: Stack) -> tuple[int, int]:
     return height, width
 
 
-def _device(settings: Settings) -> str:
+def device_of(settings: Settings) -> str:
     import torch
 
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -223,10 +221,10 @@ def _device(settings: Settings) -> str:
     return settings.device
 
 
-def _dtype(settings: Settings):
+def dtype_of(settings: Settings):
     import torch
 
-    device = _device(settings)
+    device = device_of(settings)
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     if device == "cpu":
@@ -242,20 +240,37 @@ def _hashing(stack: Stack) -> Iterator[Callable[[], str]]:
     """The base's hash, worked out while the base is loaded: both wait for the disk."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from charforgex.families.loading import TINY, weights_hash
-
-    def base_hash() -> str:
-        path = Path(stack.base).expanduser()
-        return sha256_file(path) if path.is_file() else weights_hash(stack.family, stack.base, "denoiser")
+    from charforgex.families.loading import TINY
 
     if stack.base == TINY or "+" in stack.base:  # these build networks to be hashed, which no second thread may do beside the loading
-        yield cache(base_hash)
+        yield cache(lambda: base_hash(stack))
         return
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(base_hash).result
+        yield pool.submit(base_hash, stack).result
 
 
-def _lora_uses(stack: Stack) -> list[LoraUse]:
+def base_hash(stack: Stack) -> str:
+    from charforgex.families.loading import weights_hash
+
+    path = Path(stack.base).expanduser()
+    return sha256_file(path) if path.is_file() else weights_hash(stack.family, stack.base, "denoiser")
+
+
+def shared(
+    stack: Stack, settings: SamplingSettings, size: tuple[int, int], scheduler: Any, dtype: Any, guidance_rescale: float = 0.0
+) -> dict[str, Any]:
+    """What the recipes of all pictures of a run have in common; `size` is (height, width)."""
+    return dict(
+        negative=settings.negative, width=size[1], height=size[0], steps=settings.steps, guidance=settings.guidance,
+        true_guidance=settings.true_guidance if stack.family.has_true_guidance else None,
+        guidance_rescale=guidance_rescale, scheduler=settings.scheduler, scheduler_class=type(scheduler).__name__,
+        schedule_type="Karras" if scheduler.config.get("use_karras_sigmas") else None, family=stack.family.name,
+        base=public_name(stack.base), base_is_file=Path(stack.base).expanduser().is_file(), dtype=str(dtype).removeprefix("torch."),
+        versions={name: versions()[name] for name in ("charforgex", "torch", "diffusers")},
+    )  # fmt: skip
+
+
+def lora_uses(stack: Stack) -> list[LoraUse]:
     from charforgex.generation.metadata import LoraUse
     from charforgex.lora.metadata import hashes
 
@@ -283,7 +298,7 @@ def _save(picture, out: Path, job: Job, number_of_jobs: int, recipe: Recipe) -> 
     return save_png(picture, out / f"{number}_seed{job.seed}{'_' if words else ''}{words}.png", recipe)
 
 
-def _public_name(base: str) -> str:
+def public_name(base: str) -> str:
     """A path says something about its owner's machine, so pictures carry its last part alone."""
     from charforgex.families.sources import addresses
 
