@@ -182,7 +182,7 @@ def test_help_into_a_closed_pipe_is_no_failure(tmp_path):
         (["a.safetensors", "b c.safetensors", "--dry-run"], ["lora=[a.safetensors,'b c.safetensors']", "dry_run=true"]),
         (
             ["-m", "weights=[1,0],[0,1]", "a.safetensors", "b.safetensors"],
-            ["-m", "lora=[a.safetensors,b.safetensors]", "weights=[1,0],[0,1]"],
+            ["lora=[a.safetensors,b.safetensors]", "-m", "weights=[1,0],[0,1]"],
         ),
         (["lora=a.safetensors", "out=b.safetensors"], ["lora=a.safetensors", "out=b.safetensors"]),
         (["--help"], ["--help"]),
@@ -190,3 +190,20 @@ def test_help_into_a_closed_pipe_is_no_failure(tmp_path):
 )
 def test_files_that_stand_alone_are_the_loras(typed, meant):
     assert cli.with_files(typed) == meant
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        (["a=1", "-m", "b=2,3", "--cfg", "job", "~c"], ["a=1", "b=2,3", "~c", "-m", "--cfg", "job"]),
+        (["-m", "a=1"], ["a=1", "-m"]),
+        (["--config-dir", "~/conf", "--config-name=x", "--help"], ["--config-dir", "~/conf", "--config-name=x", "--help"]),
+    ],
+)
+def test_settings_may_stand_on_both_sides_of_a_flag(typed, meant):
+    assert cli.settings_first(typed) == meant
+
+
+def test_a_sweep_whose_flag_stands_between_settings(small, capsys):
+    assert small("data.folder=x", "-m", "lora.rank=2,4", "family=flux") == 0
+    assert capsys.readouterr().out.count("RAN flux") == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -92,9 +93,14 @@ def with_files(arguments: Sequence[str]) -> list[str]:
 
     files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
     rest = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments if argument not in files]
-    # beside the other settings: argparse takes none that stand alone behind a flag
-    place = next((i for i, argument in enumerate(rest) if "=" in argument and argument[:1] != "-"), len(rest))
-    return rest[:place] + ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest[place:]
+    return ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
+
+
+def settings_first(arguments: Sequence[str]) -> list[str]:
+    """Settings before Hydra's flags, wherever they were typed: `a=1 -m b=2,3` is an error of argparse, which takes all settings or none
+    behind a flag."""
+    settings = [argument for argument in arguments if argument[:1] != "-" and ("=" in argument or re.match(r"~[^/]", argument))]
+    return settings + [argument for argument in arguments if argument not in settings]
 
 
 def run(command: str, arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
@@ -138,7 +144,7 @@ def _hydra(entry: str, config_name: str, arguments: list[str], program: str, fol
 
     from charforgex.config import Search, complaints, explained, help_text, prepare
 
-    folder = prepare(folder)
+    folder, arguments = prepare(folder), settings_first(arguments)
     task = Task(entry)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program, *arguments]
