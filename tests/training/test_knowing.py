@@ -14,28 +14,9 @@ def scores(identity, prompt_following=0.8, diversity=0.6, step=1):
     return Scores(step=step, identity=identity, prompt_following=prompt_following, diversity=diversity, nearest=0.5, validation=0.09)
 
 
-def test_gain_is_the_share_of_the_way_from_base_to_real():
-    assert [ANCHORS.gain(identity) for identity in (0.1, 0.5, 0.9)] == pytest.approx([0, 0.5, 1])
-
-
-@pytest.mark.parametrize(
-    ("found", "value"),
-    [
-        (scores(0.5), 0.5),
-        (scores(0.5, prompt_following=0.72), 0.5),  # 90 % of the base's is enough
-        (scores(0.5, prompt_following=0.36), 0.25),  # half of that halves it
-        (scores(0.5, diversity=0.3), 0.5),  # half as varied as the base is enough
-        (scores(0.5, diversity=0.15), 0.25),
-        (scores(0.0, prompt_following=0.1), -0.125),  # below the base stays below, whatever else
-    ],
-)
-def test_the_value_of_a_checkpoint(found, value):
-    assert ANCHORS.value(found) == pytest.approx(value)
-
-
-def test_identity_does_not_win_over_obedience():
-    memorised, faithful = scores(0.9, prompt_following=0.3, diversity=0.1), scores(0.75)
-    assert max((memorised, faithful), key=ANCHORS.value) is faithful
+def test_a_checkpoint_is_worth_its_gain():
+    assert ANCHORS.value(scores(0.5)) == pytest.approx(0.5)
+    assert ANCHORS.value(scores(0.5, prompt_following=0.36)) == pytest.approx(0.25)
 
 
 def test_metrics_have_the_names_that_all_loggers_share():

@@ -17,6 +17,7 @@ from charforgex.curation.manifest import read_picture
 from charforgex.data.datamodule import CharacterData
 from charforgex.draws import seed_of
 from charforgex.embedders import Embedder
+from charforgex.evaluation import choosing, levels
 from charforgex.evaluation.alignment import Follower
 from charforgex.evaluation.identity import diversity, nearest, similarity
 from charforgex.families.base import Family
@@ -27,12 +28,11 @@ from charforgex.lora.inject import without_adapter
 from charforgex.runs import replace_atomic
 from charforgex.training.blocks import uncompiled
 from charforgex.training.live import LiveText
-from charforgex.training.losses import Objective
+from charforgex.training.losses import computing_in
 from charforgex.training.settings import EvaluationSettings
 from charforgex.types import Components, Text
 
 COLUMNS = 8  # of contact sheets
-FAITHFUL = 0.9  # share of the base's prompt-following that a chosen checkpoint keeps
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Scores:
     diversity: float
     nearest: float
     validation: float
+    levels: dict[str, float] = field(default_factory=dict)  # the validation loss by noise level
     extra: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,19 +59,16 @@ class Anchors:
     prompt_following: float
     diversity: float
     validation: float
+    levels: dict[str, float] = field(default_factory=dict)  # the validation loss by noise level
     extra: dict[str, float] = field(default_factory=dict)
 
     def gain(self, identity: float) -> float:
-        """Share of the way from the base model to real pictures: 0 is no better than the base, 1 is as good as real."""
-        return (identity - self.base) / max(self.ceiling - self.base, 1e-6)
+        return choosing.gain(identity, self.base, self.ceiling)
 
     def value(self, scores: Scores) -> float:
-        """What the best checkpoint has most of: identity gain, less what prompt-following falls below 90 % of the base's, and
-        scaled down where pictures are less varied than half of the base's."""
-        faithful = min(1.0, scores.prompt_following / max(FAITHFUL * self.prompt_following, 1e-6))
-        varied = min(1.0, scores.diversity / max(0.5 * self.diversity, 1e-6))
-        gain = self.gain(scores.identity)
-        return gain * faithful * varied if gain > 0 else gain
+        """What the best checkpoint has most of: `choosing.worth`."""
+        gained = self.gain(scores.identity)
+        return choosing.worth(gained, scores.prompt_following, scores.diversity, self.prompt_following, self.diversity)
 
 
 class Knowing:
@@ -81,7 +79,6 @@ class Knowing:
         family: Family,
         parts: Components,
         data: CharacterData,
-        objective: Objective,
         embedder: Embedder,
         follower: Follower,
         settings: EvaluationSettings,
@@ -90,7 +87,7 @@ class Knowing:
         others: Sequence[Image.Image] = (),
         seed: int = 0,
     ):
-        self.family, self.parts, self.data, self.objective = family, parts, data, objective
+        self.family, self.parts, self.data = family, parts, data
         self.embedder, self.follower, self.settings, self.sampling = embedder, follower, settings, sampling
         self.process, self.live = family.process(parts), live
         self.prompts = [prompt for prompt in settings.prompts for _ in range(settings.seeds)]
@@ -133,19 +130,15 @@ class Knowing:
 
     # ---- numbers ----
 
-    @torch.no_grad()
     @uncompiled
-    def validation_loss(self) -> float:
-        """Mean loss over held-out pictures x fixed noise x noise levels in the middle of equal shares of [0, 1]."""
-        device, total, count = self.parts.denoiser.device, 0.0, 0
-        for batch in self.data.validation():
-            seen = self.live.batch(batch.to(device))
-            for level in range(self.settings.times):
-                t_B = self.process.snap(torch.full((len(batch),), (level + 0.5) / self.settings.times))
-                key = ("validation", *batch.keys, level)
-                losses = self.objective.losses(self.family, self.parts.denoiser, self.process, seen, *key, t_B=t_B)
-                total, count = total + losses.sum().item(), count + len(losses)
-        return total / count
+    def validation(self) -> tuple[float, dict[str, float]]:
+        """Mean loss over held-out pictures x fixed noise x noise levels, and the means by noise level (`evaluation.levels`)."""
+        denoiser, count = self.parts.denoiser, self.settings.times
+        with torch.no_grad(), computing_in(next(denoiser.parameters()).dtype, denoiser.device):
+            seen = [self.live.batch(batch.to(denoiser.device)) for batch in self.data.validation()]
+            found = [levels.losses(self.family, denoiser, self.process, batch, count) for batch in seen]
+        value = levels.value(found, levels.times(self.process, count))
+        return value.estimate, value.parts
 
     def _measure(self, pictures: Sequence[Image.Image]) -> dict:
         features = self.follower.features(pictures)
@@ -166,18 +159,20 @@ class Knowing:
         """Measured with the adapter off, so they hold for the whole run."""
         with without_adapter(self.parts.denoiser), self.live.base_speaking():
             self.base_pictures = self.draw()
-            validation = self.validation_loss()
+            validation, by_level = self.validation()
         base = self._measure(self.base_pictures)
         real = self.embedder(self.training_pictures)
         floor = similarity(self.other_vectors, self.reference_vectors).mean().item() if self.other_vectors is not None else None
         return Anchors(
             floor=floor, base=base["identity"], ceiling=similarity(real, self.reference_vectors).mean().item(),
-            prompt_following=base["prompt_following"], diversity=base["diversity"], validation=validation, extra=base["extra"],
+            prompt_following=base["prompt_following"], diversity=base["diversity"], validation=validation, levels=by_level,
+            extra=base["extra"],
         )  # fmt: skip
 
     def scores(self, step: int) -> tuple[Scores, list[Image.Image]]:
         pictures = self.draw()
-        return Scores(step=step, validation=self.validation_loss(), **self._measure(pictures)), pictures
+        validation, by_level = self.validation()
+        return Scores(step=step, validation=validation, levels=by_level, **self._measure(pictures)), pictures
 
 
 def as_metrics(scores: Scores, anchors: Anchors) -> dict[str, float]:
@@ -191,7 +186,7 @@ def as_metrics(scores: Scores, anchors: Anchors) -> dict[str, float]:
     }  # fmt: skip
     if anchors.floor is not None:
         metrics["identity/floor"] = anchors.floor
-    return metrics | scores.extra
+    return metrics | {f"validation/{time}": loss for time, loss in scores.levels.items()} | scores.extra
 
 
 def plain(item: Scores | Anchors) -> dict:
