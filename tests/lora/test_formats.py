@@ -364,7 +364,7 @@ def test_save_verified_in_bfloat16_models(family, parts, trained, tmp_path, form
 class Forgetful:
     """A family whose names lose a layer between writing and reading, or change places."""
 
-    kohya_has_our_names = False
+    kohya_has_our_names, lora_unread = False, {}
 
     def __init__(self, family, change):
         self.family, self.change, self.calls = family, change, 0

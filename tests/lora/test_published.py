@@ -198,3 +198,15 @@ def test_stable_diffusion_15_is_written_as_sd_scripts_names_it():
     file |= {f"{name}.lora_up.weight": (shape[0], 1, *[1] * len(shape[2:])) for name, shape in shapes.items()}
     assert family_of(file) == "sd15" and bases.base_of(file, {}).name == "sd15"
     assert isinstance(names_of, names.Names)
+
+
+def test_motion_modules_are_written_in_names_that_somebody_reads():
+    """AnimateDiff's own for their attention, diffusers' for all of them; ComfyUI's and kohya's files cannot hold them."""
+    names_of = bases.get("animatediff_v2").names
+    motion = "unet.mid_block.motion_modules.0.transformer_blocks.0"
+    for format in ("comfyui", "kohya"):
+        with pytest.raises(LoraError, match=rf"1 of 1 layers have no place in the format {format}, but in animatediff and diffusers"):
+            writing.check_places([f"{motion}.attn1.to_k"], format, names_of)
+        writing.check_places(["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"], format, names_of)
+    with pytest.raises(LoraError, match="no place in the format animatediff, but in diffusers"):
+        writing.check_places([f"{motion}.ff.net.2"], "animatediff", names_of)

@@ -38,6 +38,7 @@ class Family(ABC):
     variants: ClassVar[tuple[str, ...]] = ("",)  # folders below `configs`, of the sizes that a single file may have
     reads_text: ClassVar[tuple[str, ...]] = ()  # ends of the denoiser's modules whose input is what `encode_text` says, unmixed
     kohya_has_our_names: ClassVar[bool] = False  # whether kohya's LoRA files have diffusers' names instead of the original network's
+    lora_unread: ClassVar[Mapping[str, str]] = {}  # LoRA format -> part of the paths of modules that no reader of that format knows
     first_reads_text: ClassVar[tuple[str, ...]] = ()  # those that read it next, each token still for itself
     lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
 

@@ -25,6 +25,7 @@ class Sd15:
     name = "sd15"
     denoiser_name = "unet"
     kohya_has_our_names = True
+    lora_unread: ClassVar[Mapping[str, str]] = {}
     components: ClassVar = {
         "denoiser": {"unet": "diffusers.UNet2DConditionModel"},
         "text": {"tokenizer": "transformers.CLIPTokenizer", "text_encoder": "transformers.CLIPTextModel"},
@@ -66,6 +67,8 @@ def motion_name(ours: str) -> str:
 
 class AnimateDiff(Sd15):
     name = "animatediff"
+    # ComfyUI-AnimateDiff-Evolved and sd-webui-animatediff read AnimateDiff's own names of them and no others
+    lora_unread: ClassVar = dict.fromkeys(("kohya", "comfyui"), ".motion_modules.")
     components: ClassVar = {**Sd15.components, "denoiser": {"unet": "diffusers.UNetMotionModel"}}
     original: ClassVar = {**Sd15.original, "unet": [Spelling(motion, ("model.diffusion_model.", ""))]}
 

@@ -45,6 +45,7 @@ class Spelling(Protocol):
     denoiser_name: str
     components: Mapping[str, Mapping[str, str]]
     kohya_has_our_names: bool
+    lora_unread: Mapping[str, str]
 
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]: ...
 
@@ -55,7 +56,7 @@ class Names:
     """Every module that can be adapted, of one family at one size, and the tables of its spellings."""
 
     def __init__(self, family: Spelling, denoiser_config: Mapping[str, Any]):
-        self.family, self.kohya_has_our_names = family.name, family.kohya_has_our_names
+        self.family, self.kohya_has_our_names, self.unread = family.name, family.kohya_has_our_names, family.lora_unread
         self.kinds = {family.denoiser_name: "denoiser", **_text_encoders(family)}
         self.modules = {family.denoiser_name: dict(family.lora_names(denoiser_config))}
         self.modules |= {component: _text_modules(kind) for component, kind in self.kinds.items() if kind != "denoiser"}
@@ -65,7 +66,15 @@ class Names:
         }
 
     def table(self, format: str) -> Table:
-        """The names that `format` is written with."""
+        """The names that `format` is written with: of the modules that its readers know."""
+        table, unread = self._spelled(format), self.unread.get(format)
+        return {name: parts for name, parts in table.items() if unread not in parts[0][0]} if unread else table
+
+    def places(self, format: str) -> set[str]:
+        """Our names of the layers that `format` can hold."""
+        return {ours for parts in self.table(format).values() for ours, _ in parts}
+
+    def _spelled(self, format: str) -> Table:
         if format in self.dialects:
             return self.dialects[format]
         if format == "kohya" and self.kohya_has_our_names:
@@ -82,7 +91,7 @@ class Names:
 
     @cached_property
     def _readable(self) -> Table:
-        tables = [self.table(format) for format in ("diffusers", "kohya", "comfyui", *self.dialects)]
+        tables = [self._spelled(format) for format in ("diffusers", "kohya", "comfyui", *self.dialects)]
         tables += [self._own(self._also), self._own(self._also_flat)]
         # peft's own prefix, and none, before original paths
         tables += [

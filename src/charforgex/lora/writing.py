@@ -66,6 +66,18 @@ def check_format(format: str, names: Names) -> None:
         raise LoraError(f"{names.family} has no LoRA format {format}; choose {', '.join([*FORMATS, 'ai-toolkit', *names.dialects])}.")
 
 
+def check_places(layers: Collection[str], format: str, names: Names) -> None:
+    """Raises LoraError for layers of no module, and for those that this format cannot hold."""
+    places = names.places(format)
+    lost = [name for name in layers if name not in places]
+    if not lost:
+        return
+    if set(lost) - names.places("diffusers"):
+        raise LoraError(f"{len(lost)} of {len(layers)} layers are on no module of this {names.family} model: {some(lost)}.")
+    able = [other for other in (*names.dialects, *FORMATS) if set(layers) <= names.places(other)]
+    raise LoraError(f"{len(lost)} of {len(layers)} layers have no place in the format {format}, but in {' and '.join(able)}: {some(lost)}.")
+
+
 @dataclass(frozen=True)
 class Written:
     """What a file says about one layer."""
@@ -93,7 +105,8 @@ def write_layers(
             for key, tensor in tensors.items():
                 body.add(key, tensor)
         if not moved:
-            raise LoraError(f"All {len(written)} layers are zero, so the adapter would change nothing: {some(written)}.")
+            zero = f"All {len(written)} layers are zero: {some(written)}" if written else "Of the layers none is left"
+            raise LoraError(f"{zero}, so the adapter would change nothing.")
         lycoris.check_mixed({name: layer.kind for name, layer in written.items()}, format)
         told |= {key: value for key, value in (metadata or {}).items() if key != ADAPTER_METADATA}
         if WRITTEN[format].header:
@@ -189,12 +202,8 @@ def _stored(
     check_format(format, names)
     if not layers:
         raise LoraError("The adapter has no layers.")
+    check_places(layers, format, names)
     table, wanted = names.table(format), set(layers)
-    places = {ours for parts in table.values() for ours, _ in parts}
-    unknown = [name for name in layers if name not in places]
-    if unknown:
-        where = f"have no place in the format {format}" if format in names.dialects else f"are on no module of this {names.family} model"
-        raise LoraError(f"{len(unknown)} of {len(layers)} layers {where}: {some(unknown)}.")
     lycoris_names = {parts[0][0]: name for name, parts in table.items() if parts[0][1].rows is None and not parts[0][1].swapped}
     for module, parts in table.items():
         present = {name: layer for name, _ in parts if name in wanted and (layer := get(name)) is not None}
