@@ -202,8 +202,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(home, tmp_path):
         bake(config | {"weights": [1.0, 2.0]})
     with pytest.raises(ConfigError, match="out is not set"):
         bake(config | {"out": None})
-    with pytest.raises(ConfigError, match=r"is the base, which stays as it is"):
+    with pytest.raises(ConfigError, match=r"is one of the inputs, which stay as they are"):
         bake(config | {"out": str(file)})
+    with pytest.raises(ConfigError, match=r"is one of the inputs, which stay as they are"):
+        bake(config | {"out": str(lora), "overwrite": True})
     with pytest.raises(ConfigError, match=r"no LoRA changes unet, only text_encoder, text_encoder_2, transformer"):
         bake(config | {"components": ["unet"]})
     with pytest.raises(ConfigError, match="is no diffusers folder"):

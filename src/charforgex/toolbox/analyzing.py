@@ -6,23 +6,21 @@ Everything is measured on the changes of weights, never on the factors, which ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charforgex.config import bind
-from charforgex.errors import ConfigError, LoraError, ModelError
+from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import write_json
-from charforgex.toolbox.common import Inputs, opened_loras
+from charforgex.toolbox.common import Inputs, check_place, opened_loras, writing
 from charforgex.toolbox.places import in_order, place_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from torch import Tensor
 
-    from charforgex.families.bases import Base
     from charforgex.lora.lowrank import Spectrum
     from charforgex.toolbox.common import Opened
 
@@ -52,9 +50,10 @@ def analyze(cfg: DictConfig) -> dict[str, Any]:
     check_folder(out)
     with opened_loras(inputs) as opened:
         analysis = measure(opened, source)
-    write_json(out / NUMBERS, analysis)
-    draw(analysis, out / PICTURES)
-    write_page(analysis, out / PICTURES, out / REPORT)
+    with writing(out):
+        write_json(out / NUMBERS, analysis)
+        draw(analysis, out / PICTURES)
+        write_page(analysis, out / PICTURES, out / REPORT)
     summary(analysis, out / REPORT, Console())
     return analysis
 
@@ -67,22 +66,24 @@ def inputs_of(lora: str | list[str], base: str | None) -> tuple[Inputs, str | No
 
 
 def check_folder(out: Path) -> None:
-    """Raises ConfigError for a folder with anything but an earlier report."""
+    """Raises ConfigError for a folder with anything but an earlier report, and for one that cannot be made."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / NUMBERS).is_file()):
         raise ConfigError(f"out={out} holds other files; name another folder.")
+    check_place(out)
 
 
 def measure(opened: Opened, source: str | None = None) -> dict[str, Any]:
     """All numbers. With `source`, the base's weights, also what share of them the changes are. Raises LoraError, ModelError."""
     import torch
 
+    from charforgex.toolbox.checkpoints import reader
     from charforgex.toolbox.common import progress
     from charforgex.toolbox.spectra import norm, spectrum_of
 
     names = opened.names
     files: list[dict[str, dict]] = [{} for _ in opened.files]
     pairs: dict[tuple[int, int], dict[str, dict]] = {pair: {} for pair in combinations(range(len(files)), 2)}
-    read = weight_reader(opened.base, source) if source else None
+    read = reader(opened.base, "base", source, names) if source else None
     weights = {}
     for name in progress(names, "layers"):
         weight = read(name) if read else None
@@ -108,24 +109,6 @@ def measure(opened: Opened, source: str | None = None) -> dict[str, Any]:
         row["name"] = name
     both = [_compared(told[one], told[other], rows) for (one, other), rows in pairs.items()]
     return _rounded({"base": opened.base.name, "weights": source, "files": told, "pairs": both})
-
-
-def weight_reader(base: Base, source: str) -> Callable[[str], Tensor]:
-    """Reads the base's weight of a layer, in float32, from the files of `source`. Raises ModelError if it has no such weight."""
-    from charforgex.toolbox import checkpoints
-
-    held = checkpoints.find(source, base)
-
-    def read(name: str) -> Tensor:
-        part, place = held.modules.get(name, (None, None))
-        if part is None:
-            raise ModelError(f"base={source} lacks the weight of {name}, which the LoRA changes.")
-        weight = part.read(place).float()
-        if tuple(weight.shape) != base.shapes[name]:
-            raise ModelError(f"base={source}: {name} is {tuple(weight.shape)} there and {base.shapes[name]} in {base.name}.")
-        return weight
-
-    return read
 
 
 def distinct(paths: list[Path]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import TEMPORARY, fsync_folder, replace_atomic
-from charforgex.toolbox.common import Inputs, Opened, lineage, progress
+from charforgex.toolbox.common import Inputs, Opened, check_place, lineage, progress, say, writing, written
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -77,7 +77,7 @@ def bake(cfg: DictConfig) -> dict[str, Any]:
     with _opened(settings, weights.base) as files:
         names = _chosen(settings, weights, files)
         if settings.out is not None:
-            check_out(settings.out, weights, settings.overwrite)
+            check_out(settings.out, weights, settings.paths, settings.overwrite)
         baker = Baker(weights.base, files, settings.strengths, names)
         baker.check(weights)
         told = {"source": str(weights.path), "base": weights.base.name, "out": None, "left_out": []}
@@ -86,11 +86,13 @@ def bake(cfg: DictConfig) -> dict[str, Any]:
                 for _ in baker.spans(part, record=True):
                     pass
         else:
-            header = _lineage(settings, weights, files)
-            left_out = _write_folder(weights, baker, settings.out, header) if weights.is_folder else []
-            if not weights.is_folder:
-                with replace_atomic(settings.out) as temporary:
-                    rewrite(weights.parts[0], baker, temporary, header)
+            header, left_out = _lineage(settings, weights, files), []
+            with writing(settings.out):
+                if weights.is_folder:
+                    left_out = _write_folder(weights, baker, settings.out, header)
+                else:
+                    with replace_atomic(settings.out) as temporary:
+                        rewrite(weights.parts[0], baker, temporary, header)
             told |= {"out": str(settings.out), "left_out": left_out}
     told |= baker.told()
     _show(told)
@@ -215,7 +217,7 @@ class Baker:
 # ---- writing ----
 
 
-def check_out(out: Path, weights: Weights, overwrite: bool) -> None:
+def check_out(out: Path, weights: Weights, loras: Sequence[Path], overwrite: bool) -> None:
     """Raises ConfigError before anything is computed."""
     if weights.is_folder:
         if out.resolve() == weights.path.resolve() or weights.path.resolve() in out.resolve().parents:
@@ -226,11 +228,13 @@ def check_out(out: Path, weights: Weights, overwrite: bool) -> None:
             raise ConfigError(f"out={out} holds something that is no diffusers folder; name another.")
     elif out.suffix != ".safetensors":
         raise ConfigError(f"out={out} must end in .safetensors, as the base does.")
-    elif out.resolve() == weights.path.resolve():
-        raise ConfigError(f"out={out} is the base, which stays as it is; name another file.")
+    elif out.resolve() in {path.resolve() for path in (weights.path, *loras)}:
+        raise ConfigError(f"out={out} is one of the inputs, which stay as they are; name another file.")
+    elif out.is_dir():
+        raise ConfigError(f"out={out} is a folder, and the base a file; name a file.")
     if out.exists() and not overwrite:
         raise ConfigError(f"out={out} exists; say overwrite=true to replace it, or name another.")
-    home = next(folder for folder in out.resolve().parents if folder.is_dir())
+    home = check_place(out)
     needed = sum(source.stat().st_size for source, _ in _kept(weights)[0]) if weights.is_folder else weights.path.stat().st_size
     if (free := shutil.disk_usage(home).free) < needed:
         raise ConfigError(f"out={out} takes {needed / 2**30:.1f} GiB, and {home} has {free / 2**30:.1f} GiB free; choose another disk.")
@@ -338,5 +342,5 @@ def _show(told: Mapping[str, Any]) -> None:
     console = Console(stderr=True)
     console.print(table)
     if told["left_out"]:
-        console.print(f"Left out, as they hold the base's weights: {', '.join(told['left_out'])}.", markup=False, highlight=False)
-    console.print(f"Wrote {told['out']}." if told["out"] else "Nothing is written: dry_run=true.", markup=False, highlight=False)
+        say(console, f"Left out, as they hold the base's weights: {', '.join(told['left_out'])}.")
+    say(console, written(told))

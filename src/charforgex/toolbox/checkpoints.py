@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,11 +120,9 @@ class Weights:
         return list(dict.fromkeys(name.partition(".")[0] for name in self.modules))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of our module's weight."""
-        if name in self.base.shapes:
-            return self.base.shapes[name]
+        """Of our module's weight. A folder's encoders may be of other sizes than the listed base's, by whose denoiser it is known."""
         part, place = self.modules[name]
-        return part.header.shapes[place.key]
+        return part.header.shapes[place.key] if self.in_our_names else self.base.shapes[name]
 
     def sha256(self) -> str:
         """Of the file, or of the files that are loaded of a folder, by their names in it."""
@@ -147,6 +145,25 @@ def find(source: str, like: Base | None = None) -> Weights:
     family = like.spelling if like else None
     place = resolve(source, family.name if family else "", list(_networks(family)) if family else [])
     return _file(place.path, like) if place.is_single_file else _folder(place)
+
+
+def reader(base: Base, setting: str, source: str, names: Iterable[str]) -> Callable[[str], Tensor]:
+    """Reads these modules' weights, in float32, from the files of `source`, which `setting` names.
+
+    Raises ModelError unless it holds all of them in the base's sizes, before one is read.
+    """
+    held = find(source, base)
+    for name in names:
+        if name not in held.modules:
+            raise ModelError(f"{setting}={source} holds no {name}, which the LoRA changes; give a base that has it.")
+        if (shape := base.shapes.get(name)) not in (None, held.shape(name)):
+            raise ModelError(f"{setting}={source} is no {base.name}, for which the LoRA is: {name} is {held.shape(name)} and not {shape}.")
+
+    def read(name: str) -> Tensor:
+        part, place = held.modules[name]
+        return part.read(place).float()
+
+    return read
 
 
 def _networks(family: Family) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -15,6 +17,7 @@ from charforgex.errors import ConfigError, LoraError
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from charforgex.families.bases import Base
     from charforgex.lora.formats import LoraFile
@@ -66,7 +69,59 @@ class Outputs:
             raise ConfigError(f"out={self.out} is one of the inputs, which stay as they are; name another file.")
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"out={self.out} exists; say overwrite=true to replace it, or name another file.")
+        if self.out.is_dir():
+            raise ConfigError(f"out={self.out} is a folder; name a file.")
+        check_place(self.out)
         return self.out
+
+    def check_unused(self) -> None:
+        """Of a tool that may also write nothing, and does not. Raises ConfigError for settings of the file."""
+        if given := [name for name in ("format", "dtype") if getattr(self, name) is not None]:
+            raise ConfigError(f"{' and '.join(given)} are of the file that is written, and out is not set; say out=<file.safetensors>.")
+
+    def check_format(self, opened: Opened) -> None:
+        """Raises LoraError for a format that is none of the files' family."""
+        from charforgex.lora.writing import check_format
+
+        check_format(self.format or opened.format, opened.base.names)
+
+    @contextmanager
+    def place(self) -> Iterator[Outputs]:
+        """Where a file is written that a dry run, too, must look at: its own is soon forgotten."""
+        if not self.dry_run:
+            yield self
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield replace(self, out=Path(folder) / "dry.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrinks(Inputs, Outputs):
+    """Of the tools that make one file smaller. `functional`: also compare what the embedded base draws."""
+
+    functional: bool = False
+
+    def __post_init__(self):
+        self.the_path()
+
+
+def check_place(out: Path) -> Path:
+    """The first folder above `out` that is there. Raises ConfigError if nothing can be written into it."""
+    home = next(path for path in out.absolute().parents if path.exists())
+    if not home.is_dir():
+        raise ConfigError(f"out={out} lies below {home}, which is no folder; name another place.")
+    if not os.access(home, os.W_OK):
+        raise ConfigError(f"out={out} cannot be written: nobody but its owner may write into {home}; name another place.")
+    return home
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises ConfigError where the system refuses, as a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror or error}; make room, or name another place.") from error
 
 
 @dataclass(frozen=True)
@@ -112,6 +167,24 @@ def opened_loras(inputs: Inputs) -> Iterator[Opened]:
         yield Opened(base, paths, files)
 
 
+@contextmanager
+def begun(settings: Shrinks) -> Iterator[Opened]:
+    """The one file, open, once it is sure that the result has a place and can be compared. Raises ConfigError, LoraError."""
+    if not settings.dry_run:
+        settings.check_out(settings.paths)
+    with opened_loras(settings) as opened:
+        if settings.functional:
+            from charforgex.toolbox.functional import check_base
+
+            check_base(opened.base)
+        yield opened
+
+
+def as_lora(path: Path) -> str:
+    """The way out where a tool reads plain LoRA alone."""
+    return f"Convert it to LoRA first: charforgex lora convert {path} out={path.stem}_lora.safetensors kind=lora"
+
+
 def dtype_of(opened: Opened, wanted: Dtype | None) -> torch.dtype:
     """The wanted one, or that of the first file's first factor; float16 where that is one in which nothing is written, such as float8."""
     import torch
@@ -131,10 +204,11 @@ def save(
     from charforgex.lora.writing import write_layers
 
     out, format = outputs.check_out(opened.paths), outputs.format or opened.format
-    written = write_layers(get, names, out, format, opened.base.names, dtype_of(opened, outputs.dtype), metadata)
-    ranks = sorted({layer.rank for layer in written.values()})
+    with writing(out):
+        layers = write_layers(get, names, out, format, opened.base.names, dtype_of(opened, outputs.dtype), metadata)
+    ranks = sorted({layer.rank for layer in layers.values()})
     return {
-        "out": str(out), "format": format, "base": opened.base.name, "layers": len(written), "ranks": ranks,
+        "out": str(out), "format": format, "base": opened.base.name, "layers": len(layers), "ranks": ranks,
         "bytes": out.stat().st_size, "bytes_before": sum(path.stat().st_size for path in opened.paths), **hashes(out),
     }  # fmt: skip
 
@@ -161,9 +235,11 @@ def _ancestors(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parsed(metadata: Mapping[str, str], key: str) -> Any:
-    """The JSON in a header's value. None where there is none, or none that can be understood."""
+    """The JSON in a header's value. None where there is none, or none that can be understood and written again."""
     try:
-        return json.loads(metadata.get(key, "null"))
+        found = json.loads(metadata.get(key, "null"))
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # halves of characters, and numbers that are none
+        return found
     except (ValueError, RecursionError):
         return None
 
@@ -186,3 +262,26 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
     finally:
         if bar is not None:
             bar.stop()
+
+
+@contextmanager
+def counted(get: Callable[[str], T], names: Collection[str], what: str = "layers") -> Iterator[Callable[[str], T]]:
+    """`get`, which is called once for each of the names, with `progress`."""
+    with closing(progress(names, what)) as steps:
+
+        def counting(name: str) -> T:
+            next(steps, None)
+            return get(name)
+
+        yield counting
+
+
+def say(console: Console, *lines: str) -> None:
+    """Lines as they are: names in them may look like markup, and paths are not broken."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def written(told: Mapping[str, Any]) -> str:
+    """The last line of what a tool says."""
+    return f"Wrote {told['out']}." if told["out"] else "Nothing is written: dry_run=true."

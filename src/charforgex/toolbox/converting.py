@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from charforgex.config import Range, bind
-from charforgex.errors import ConfigError, LoraError, ModelError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, save
+from charforgex.errors import ConfigError, LoraError
+from charforgex.toolbox.common import Inputs, Opened, Outputs, counted, lineage, opened_loras, save, say, written
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from charforgex.lora.lowrank import Keep, Spectrum
     from charforgex.lora.state import Layer, LoraLayer
+    from charforgex.toolbox.shrinking import Row
 
 LYCORIS_KEYS = ("ss_network_module", "ss_network_args")  # what the header says of a kind that the file no longer has
 
@@ -36,27 +33,17 @@ class Settings(Inputs, Outputs):
             raise ConfigError(f"{' and '.join(given)} have an effect with kind=lora alone; add it, or say charforgex lora resize.")
 
 
-@dataclass(frozen=True)
-class Row:
-    """What became of a layer that was no plain LoRA. Norms are Frobenius'."""
-
-    kind: str
-    rank: int
-    norm: float
-    lost: float
-
-
 def convert(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the file anew, one layer at a time, and tells what became of it. Raises a CharForgeError."""
     settings = bind(Settings, cfg, "")
     if not settings.dry_run:
         settings.check_out(settings.paths)
-    with opened_loras(settings) as opened, tempfile.TemporaryDirectory() as folder:
+    with opened_loras(settings) as opened, settings.place() as place:
         _check(opened, settings)
-        turned: dict[str, Row] = {}
-        get = opened.files[0].layer if settings.kind is None else _Plain(opened, settings, turned).layer
-        outputs = replace(settings, out=Path(folder) / "dry.safetensors") if settings.dry_run else settings
-        told = save(opened, outputs, get, _names(opened, settings), _metadata(opened, settings))
+        turned: dict[str, Row] = {}  # of the layers that were no plain LoRA
+        get, names = opened.files[0].layer if settings.kind is None else _Plain(opened, settings, turned).layer, _names(opened, settings)
+        with counted(get, names) as counting:
+            told = save(opened, place, counting, names, _metadata(opened, settings))
         told |= {"out": None} if settings.dry_run else {}
         told |= {"format_before": opened.format, "kinds_before": sorted(set(opened.files[0].kinds().values())),
                  "converted": len(turned), **_error(turned), "dry_run": settings.dry_run}  # fmt: skip
@@ -66,7 +53,7 @@ def convert(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(opened: Opened, settings: Settings) -> list[str]:
     """Of the layers, without those of a joined weight that are unchanged and have no place in the new format."""
-    places = {name for parts in opened.base.names.table(settings.format or opened.format).values() for name, _ in parts}
+    places = opened.base.names.places(settings.format or opened.format)
     return [name for name in opened.names if name in places or opened.files[0].layer(name) is not None]
 
 
@@ -115,15 +102,18 @@ class _Plain:
 
     def __init__(self, opened: Opened, settings: Settings, rows: dict[str, Row]):
         from charforgex.lora import lowrank
+        from charforgex.toolbox import checkpoints
 
         self.opened, self.rows = opened, rows
         limits: list[Keep] = [] if settings.rank is None else [lowrank.keep_rank(settings.rank)]
         limits += [] if settings.error is None else [lowrank.keep_error(settings.error)]
         self.keep: Keep | None = (lambda found: min(limit(found) for limit in limits)) if limits else None
-        self.weight = _weights(opened, settings.base_weights) if settings.base_weights is not None else None
+        doras = [name for name, kind in opened.files[0].kinds().items() if kind == "dora"]
+        self.weight = checkpoints.reader(opened.base, "base_weights", settings.base_weights, doras) if doras else None
 
     def layer(self, name: str) -> LoraLayer | None:
         from charforgex.lora.lowrank import layer_of
+        from charforgex.toolbox.shrinking import Row
 
         layer = self.opened.files[0].layer(name)
         if layer is None or layer.kind == "lora":
@@ -142,7 +132,7 @@ class _Plain:
                 f"{shape} itself; say rank=64 or error=0.1 for the best of fewer."
             )
         whole = float(found.values.double().norm())
-        self.rows[name] = Row(layer.kind, rank, whole, found.error(rank) * whole)
+        self.rows[name] = Row(layer.rank, rank, whole, found.error(rank) * whole)
         return layer_of(found.truncated(rank))
 
     def _spectrum(self, name: str, layer: Layer, shape: tuple[int, ...]) -> Spectrum:
@@ -157,44 +147,29 @@ class _Plain:
         return lowrank.dense_spectrum(layer.change(self.weight(name)))
 
 
-def _weights(opened: Opened, source: str) -> Callable[[str], Tensor]:
-    """The base's own weights by our names. Raises ModelError."""
-    from charforgex.toolbox import checkpoints
-
-    found = checkpoints.find(source, opened.base)
-    lacking = [name for name, kind in opened.files[0].kinds().items() if kind == "dora" and name not in found.modules]
-    if lacking:
-        raise ModelError(f"base_weights={source} holds no {lacking[0]}, which the LoRA changes; give a base that has it.")
-
-    def weight(name: str) -> Tensor:
-        part, place = found.modules[name]
-        return part.read(place).float()
-
-    return weight
-
-
 def _error(rows: Mapping[str, Row]) -> dict[str, Any]:
     """What the conversion lost of what it converted, and the layer that lost most."""
-    if not rows:
-        return {"error": 0.0, "worst_layer": None, "worst_error": 0.0}
-    whole, lost = (math.hypot(*(getattr(row, what) for row in rows.values())) for what in ("norm", "lost"))
-    shares = {name: row.lost / row.norm if row.norm else 0.0 for name, row in rows.items()}
-    worst = max(shares, key=shares.__getitem__)
-    return {"error": lost / whole if whole else 0.0, "worst_layer": worst, "worst_error": shares[worst]}
+    from charforgex.toolbox.shrinking import total_error
+
+    worst = max(rows, key=lambda name: rows[name].error, default=None)
+    return {"error": total_error(rows), "worst_layer": worst, "worst_error": rows[worst].error if worst else 0.0}
 
 
 def _show(settings: Settings, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table: Table = Table("", "before", "after", title=f"convert {settings.the_path().name}")
+    from charforgex.toolbox.shrinking import span
+
+    table = Table("", "before", "after", title=Text(f"convert {settings.the_path().name}"))
     table.add_row("format", told["format_before"], settings.format or told["format_before"])
     table.add_row("kinds", ", ".join(told["kinds_before"]), "lora" if settings.kind else ", ".join(told["kinds_before"]))
     table.add_row("layers", "", str(told["layers"]))
-    table.add_row("ranks", "", f"{told['ranks'][0]} to {told['ranks'][-1]}" if len(told["ranks"]) > 1 else str(told["ranks"][0]))
+    table.add_row("ranks", "", span(told["ranks"]))
     table.add_row("bytes", f"{told['bytes_before']:,}", f"{told['bytes']:,}")
     if rows:
         table.add_row("relative error", "", f"{told['error']:.3g}; most {told['worst_error']:.3g}, {told['worst_layer']}")
     console = Console()
     console.print(table)
-    console.print("nothing written (dry_run=true)" if settings.dry_run else told["out"])
+    say(console, written(told))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charforgex.config import bind
 from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import write_json
-from charforgex.toolbox.common import Dtype, Inputs, Opened, Outputs, lineage, opened_loras, progress, save
+from charforgex.toolbox.common import Inputs, Opened, Outputs, as_lora, counted, lineage, opened_loras, progress, save, say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,18 +26,21 @@ SHOWN = 20  # directions in the table
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeSettings:
-    """conf/lora_decompose.yaml."""
+class DecomposeSettings(Inputs, Outputs):
+    """conf/lora_decompose.yaml. Raises ConfigError for values that need each other."""
 
-    lora: str | list[str]
-    base: str | None = None
     keep: int | list[int] | str | None = None
     layers: list[str] | None = None
-    out: Path | None = None
-    format: str | None = None
-    dtype: Dtype | None = None
-    overwrite: bool = False
-    dry_run: bool = False
+
+    def __post_init__(self):
+        self.the_path()
+        chooser(self.keep)
+        if self.out is None:
+            self.check_unused()
+            if self.keep is not None:
+                raise ConfigError(f"keep={self.keep} chooses what is written, and out is not set; say out=<file.safetensors>.")
+        elif self.keep is None:
+            raise ConfigError(f"out={self.out} needs to know which directions of each layer it shall hold; say keep=[0,1] or keep=0-3.")
 
 
 def decompose(cfg: DictConfig) -> dict[str, Any]:
@@ -46,33 +48,30 @@ def decompose(cfg: DictConfig) -> dict[str, Any]:
     from rich.console import Console
 
     settings = bind(DecomposeSettings, cfg, "")
-    inputs = Inputs(lora=settings.lora, base=settings.base)
-    outputs = Outputs(
-        out=settings.out, format=settings.format, dtype=settings.dtype, overwrite=settings.overwrite, dry_run=settings.dry_run
-    )
-    path = inputs.the_path()
     wanted = chooser(settings.keep)
-    if settings.out is None and settings.keep is not None:
-        raise ConfigError(f"keep={settings.keep} chooses what is written, and out is not set; say out=<file.safetensors>.")
     if settings.out is not None:
-        outputs.check_out([path])
-        if settings.keep is None:
-            raise ConfigError(f"out={settings.out} needs to know which directions of each layer it shall hold; say keep=[0,1] or keep=0-3.")
-    with opened_loras(inputs) as opened:
+        settings.check_out(settings.paths)
+    with opened_loras(settings) as opened:
+        settings.check_format(opened)
         names = layers_of(opened, settings.layers)
         spectra = {}
         for name in progress(names, "layers"):
             found = spectrum(opened, name)
             spectra[name] = [] if found is None else found.values.tolist()
         told = directions(spectra, wanted)
-        result = {"lora": str(path), "base": opened.base.name, **told}
+        result = {"lora": str(opened.paths[0]), "base": opened.base.name, **told}
         if settings.out is not None:
             if not told["kept"]:
                 raise ConfigError(f"keep={settings.keep} chooses none of the directions of any layer; they have up to {told['most']}.")
             if not settings.dry_run:
                 chosen = [name for name in names if wanted(len(spectra[name]))]
                 meta = lineage(opened, "decompose", {"keep": settings.keep, "layers": settings.layers})
-                result |= save(opened, outputs, lambda name: picked(spectrum(opened, name), wanted(len(spectra[name]))), chosen, meta)
+
+                def get(name: str) -> LoraLayer:
+                    return picked(spectrum(opened, name), wanted(len(spectra[name])))
+
+                with counted(get, chosen) as counting:
+                    result |= save(opened, settings, counting, chosen, meta)
                 write_json(f"{settings.out}.json", result)
     show(result, Console())
     return result
@@ -115,10 +114,7 @@ def spectrum(opened: Opened, name: str) -> Spectrum | None:
     if not layer.is_finite:
         raise LoraError(f"{opened.paths[0]}: the layer {name} holds values that are not finite.")
     if layer.kind == "dora":
-        raise LoraError(
-            f"{opened.paths[0]}: {name} is DoRA, whose directions depend on the base's weights; "
-            f"convert it to LoRA first: charforgex lora convert {opened.paths[0].name} kind=lora"
-        )
+        raise LoraError(f"{opened.paths[0]}: {name} is DoRA, whose directions depend on the base's weights. {as_lora(opened.paths[0])}")
     return spectrum_of(layer)
 
 
@@ -158,5 +154,5 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if "out" in result:
         told = f"{result['layers']} layers, {result['bytes_before']:,} to {result['bytes']:,} bytes"
-        console.print(f"{result['out']}: {told}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{result['kept']} of {len(rows)} directions kept, {100 * result['energy']:.1f} % of the energy.", highlight=False)
+        say(console, f"{result['out']}: {told}")
+    say(console, f"{result['kept']} of {len(rows)} directions kept, {100 * result['energy']:.1f} % of the energy.")

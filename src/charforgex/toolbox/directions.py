@@ -15,13 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import write_json
 from charforgex.toolbox.analyzing import inputs_of
-from charforgex.toolbox.common import Dtype, Opened, Outputs, lineage, opened_loras, save
+from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, save, say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,21 +42,25 @@ RISK = 0.05  # of taking any of the directions for more than it is
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordsSettings:
-    """conf/lora_words.yaml."""
+class WordsSettings(Inputs, Outputs):
+    """conf/lora_words.yaml; `base` is a listed base's name or the address of one. Raises ConfigError for values that need each other."""
 
-    lora: str | list[str]
-    base: str | None = None
     words: Path | None = None
     layers: list[str] | None = None
     count: Annotated[int, Range(at_least=1)] = 8
     slider: int | list[int] | None = None
-    out: Path | None = None
-    format: str | None = None
-    dtype: Dtype | None = None
-    device: str = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        self.the_path()
+        if bool(self.sliding) != (self.out is not None):
+            raise ConfigError("slider (which direction) and out (its file) go together: slider=0 out=slider.safetensors, or neither.")
+        if self.out is None:
+            self.check_unused()
+
+    @property
+    def sliding(self) -> list[int]:
+        return sorted({self.slider} if isinstance(self.slider, int) else set(self.slider or ()))
 
 
 def words(cfg: DictConfig) -> dict[str, Any]:
@@ -67,16 +71,12 @@ def words(cfg: DictConfig) -> dict[str, Any]:
 
     settings = bind(WordsSettings, cfg, "")
     inputs, source = inputs_of(settings.lora, settings.base)
-    outputs = Outputs(
-        out=settings.out, format=settings.format, dtype=settings.dtype, overwrite=settings.overwrite, dry_run=settings.dry_run
-    )
-    path, sliding = inputs.the_path(), sorted({settings.slider} if isinstance(settings.slider, int) else set(settings.slider or ()))
-    if bool(sliding) != (settings.out is not None):
-        raise ConfigError("slider (which direction) and out (its file) go together: slider=0 out=slider.safetensors, or neither.")
+    path, sliding, device = settings.the_path(), settings.sliding, device_of(settings.device)
     if settings.out is not None:
-        outputs.check_out([path])
+        settings.check_out([path])
     vocabulary = read_words(settings.words) if settings.words else read_words(WORDS)
     with opened_loras(inputs) as opened:
+        settings.check_format(opened)
         if source is None and not opened.base.name.startswith("charworld"):
             raise ConfigError(
                 f"What words mean is the base's to say; say base=<diffusers folder, checkpoint or hub id of {opened.base.name}>."
@@ -89,16 +89,26 @@ def words(cfg: DictConfig) -> dict[str, Any]:
             raise LoraError(f"{path}: the {len(names)} layers that read the text change nothing.")
         if sliding and (sliding[0] < 0 or sliding[-1] >= len(found.values)):
             raise ConfigError(f"slider={settings.slider}: there are directions 0 to {len(found.values) - 1}.")
-        states = encoded(opened, family, names, source or "charworld", vocabulary, settings.words is None, settings.device)
+        states = encoded(opened, family, names, source or "charworld", vocabulary, settings.words is None, device)
         told = told_by_words(found, states, settings.count)
         result = {"lora": str(path), "base": opened.base.name, "text_layers": names, **told}
         if sliding and not settings.dry_run:
             axes = found.right[sliding]
             meta = lineage(opened, "words", {"slider": sliding, "layers": settings.layers})
-            result |= save(opened, outputs, lambda name: along(products[name], axes), names, meta)
+            result |= save(opened, settings, lambda name: along(products[name], axes), names, meta)
             write_json(f"{settings.out}.json", result)
     show(result, Console())
     return result
+
+
+def device_of(setting: str) -> str:
+    """Raises ConfigError for one that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if setting == "cuda" and not there:
+        raise ConfigError("device=cuda is not on this machine; say device=cpu, or leave it out.")
+    return setting if setting != "auto" else "cuda" if there else "cpu"
 
 
 # ---- the adapter ----
@@ -189,8 +199,6 @@ def encoded(
     """
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     first = _ending(family.first_reads_text, names, family)
     groups = ("text", "denoiser") if first else ("text",)
     parts = family.load(source, only=groups, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
@@ -310,7 +318,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     usual = result["usual"]
     said = f"Random directions reach a cosine of {usual['noise']:.2f} with some word, random mixtures of words {usual['mixtures']:.2f}."
-    console.print(said, soft_wrap=True, highlight=False)
+    say(console, said)
     if "out" in result:
-        told = f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes"
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        say(console, f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError, ModelError
-from charforgex.toolbox.common import Dtype, Outputs, progress
+from charforgex.toolbox.common import Dtype, Outputs, counted, progress, say, writing, written
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,9 +30,7 @@ RANK = 32  # where nothing says how much to keep
 PROBE = 64  # directions that are looked for first where energy or error say how many there must be
 CHEAPER = 16  # a side of so many times the wanted directions is where the leading ones are found much faster than all of them
 SHOWN = 5  # of layers and tensors in the table
-OLD_ATTENTION = re.compile(
-    r"\.(query|key|value|proj_attn)\."
-)  # of VAEs that old diffusers saved: there is no way from them to single files
+OLD_ATTENTION = re.compile(r"\.(query|key|value|proj_attn)\.")  # of VAEs that old diffusers saved: no way leads from them to single files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +93,10 @@ def extract(cfg: DictConfig) -> dict[str, Any]:
         tuned = checkpoints.find(settings.tuned)
         base = checkpoints.find(settings.base, like=tuned.base)
     if not settings.dry_run:
-        settings.check_out([base.path, tuned.path])
+        settings.check_out([path for weights in (base, tuned) for path in (weights.path, *(part.path for part in weights.parts))])
     check_format(settings.format, base.base.names)
-    names = common_modules(base, tuned)
     extraction = Extraction(base, tuned, settings)
+    names = _with_places(extraction, common_modules(base, tuned))
     told = {"out": None, "format": settings.format, "base": base.base.name}
     if settings.dry_run:
         for name in progress(names, "extract"):
@@ -125,6 +123,12 @@ def common_modules(base: Weights, tuned: Weights) -> list[str]:
     return names
 
 
+def _with_places(extraction: Extraction, names: list[str]) -> list[str]:
+    """Without modules that have no place in the format and do not differ. One that does is an error of the writer."""
+    places = extraction.base.base.names.places(extraction.settings.format)
+    return [name for name in names if name in places or extraction.difference(name) is not None]
+
+
 class Extraction:
     """The layers, each made when it is asked for; `rows` has what became of those that differ."""
 
@@ -132,16 +136,21 @@ class Extraction:
         self.base, self.tuned, self.settings = base, tuned, settings
         self.rows: dict[str, Row] = {}
 
+    def difference(self, name: str) -> Tensor | None:
+        return difference(self.base.modules[name], self.tuned.modules[name])
+
     def get(self, name: str) -> LoraLayer | None:
         """None for a module that does not differ. Raises ModelError for values that are not finite."""
         import torch
 
         from charforgex.lora.lowrank import layer_of
 
-        change = difference(self.base.modules[name], self.tuned.modules[name])
+        change = self.difference(name)
         if change is None:
             return None
         norm = float(change.norm())
+        if not norm:  # too little for squares in float32
+            return None
         if not math.isfinite(norm):
             raise ModelError(f"{name} of {self.tuned.path} and {self.base.path} differ by values that are not finite.")
         kept, exact = decomposed(change, self.settings.most, self.settings.budget, name)
@@ -210,7 +219,8 @@ def beside(base: Weights, tuned: Weights) -> dict[str, Any]:
     """
     pairs, only_base, only_tuned = _pairs(base, tuned)
     differing, squares, whole = [], 0.0, 0.0
-    for name, (one, other) in pairs.items():
+    for name in progress(pairs, "the other tensors"):
+        one, other = pairs[name]
         if one[0].header.dtypes[one[1].key] == other[0].header.dtypes[other[1].key] and one[0].raw(one[1]) == other[0].raw(other[1]):
             continue
         change = difference(one, other)
@@ -272,21 +282,14 @@ def _write(extraction: Extraction, names: list[str], settings: ExtractSettings) 
     from charforgex.lora.metadata import hashes
     from charforgex.lora.writing import write_layers
 
-    steps = iter(progress(names, "extract"))
-
-    def get(name: str) -> LoraLayer | None:
-        next(steps, None)
-        return extraction.get(name)
-
     base, out = extraction.base, settings.out
     metadata = _metadata(extraction, settings)
     try:
-        write_layers(get, names, out, settings.format, base.base.names, getattr(torch, settings.dtype), metadata)
+        with writing(out), counted(extraction.get, names, "extract") as get:
+            write_layers(get, names, out, settings.format, base.base.names, getattr(torch, settings.dtype), metadata)
     except LoraError:
         extraction.check()  # says it of checkpoints
         raise
-    finally:
-        steps.close()
     return {"out": str(out), "bytes": out.stat().st_size, **hashes(out)}
 
 
@@ -332,5 +335,4 @@ def _show(told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
             f"{len(found['differing'])} tensors differ, by {found['change']:.2%}, that no LoRA can hold: {some(found['differing'])}."
         )
     lines += [f"Only {side} has {some(names)}." for side in ("base", "tuned") if (names := found[f"only_in_{side}"])]
-    for line in [*lines, f"Wrote {told['out']}." if told["out"] else "Nothing is written: dry_run=true."]:
-        console.print(line, markup=False, highlight=False)
+    say(console, *lines, written(told))

@@ -40,7 +40,7 @@ def inspect(cfg: Mapping[str, Any]) -> dict[str, Any]:
     settings = bind(Settings, cfg, "")
     found = {"files": [inspected(path, settings.base) for path in settings.paths]}
     if settings.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(found, indent=2))  # in ASCII, which every pipe takes
     else:
         for told in found["files"]:
             _show(told)

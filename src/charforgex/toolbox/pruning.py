@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, progress
+from charforgex.toolbox.common import Opened, Shrinks, as_lora, begun, lineage, progress
 
 if TYPE_CHECKING:
     from charforgex.lora.lowrank import Product
-    from charforgex.lora.state import Layer
     from charforgex.toolbox.shrinking import Row, Weight
 
 Share = Annotated[float, Range(above=0, below=1)]
@@ -21,7 +20,7 @@ WAYS = ("drop", "share", "directions", "magnitude")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Inputs, Outputs):
+class Settings(Shrinks):
     """One of four. `drop`: layers by pattern (lora/targets.py). `share`: layers whose norm is below this share of the whole file's.
     `directions`: singular values below this share of the file's largest. `magnitude`: this share of each layer's entries, the smallest
     of the dense product; what is left is stored in as many directions as the layer had, or in `rank`.
@@ -32,9 +31,9 @@ class Settings(Inputs, Outputs):
     directions: Share | None = None
     magnitude: Share | None = None
     rank: Annotated[int, Range(at_least=1)] | None = None
-    functional: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         given = [name for name in WAYS if getattr(self, name) is not None]
         if len(given) != 1:
             said = f"{' and '.join(given)} are two ways of pruning; take one after the other" if given else "nothing says what goes"
@@ -43,7 +42,6 @@ class Settings(Inputs, Outputs):
             raise ConfigError("drop=[] names no layer; say drop=[attn2, ff.net.2].")
         if self.rank is not None and self.magnitude is None:
             raise ConfigError("rank has no effect without magnitude; charforgex lora resize is for ranks.")
-        self.the_path()
 
     @property
     def way(self) -> str:
@@ -59,14 +57,9 @@ def prune(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Of magnitudes, `refactored_error` is between the product without its small entries and what is stored of it.
     """
     settings = bind(Settings, cfg, "")
-    if not settings.dry_run:
-        settings.check_out(settings.paths)
+    with begun(settings) as opened:
+        from charforgex.toolbox import shrinking
 
-    from charforgex.toolbox import functional, shrinking
-
-    with opened_loras(settings) as opened:
-        if settings.functional:
-            functional.check_base(opened.base)
         told = {}
         if settings.way in ("drop", "share"):
             get, rows = without_layers(opened, settings)
@@ -81,25 +74,19 @@ def prune(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def norm(name: str, layer: Layer) -> float:
-    """Frobenius, of what the layer adds. Raises LoraError for DoRA, which needs the base's weights for it."""
-    from charforgex.lora.lowrank import product
-
-    if layer.kind == "dora":
-        raise LoraError(f"{name} is DoRA, and its norm depends on the base's weights. Bake it into a base: charforgex lora bake")
-    return product(layer).norm() if layer.kind == "lora" else float(layer.delta().double().norm())
-
-
 def without_layers(opened: Opened, settings: Settings):
-    """Layers that stay are what they were, whatever their kind."""
+    """Layers that stay are what they were, whatever their kind. Raises LoraError for DoRA if norms decide."""
     from charforgex.lora.targets import chosen
-    from charforgex.toolbox.shrinking import Row
+    from charforgex.toolbox.shrinking import Row, norm
 
     file = opened.files[0]
     norms, ranks = {}, {}
     for name in progress(opened.names, "norms"):
         if (layer := file.layer(name)) is not None:
-            norms[name], ranks[name] = norm(name, layer), layer.rank
+            if layer.kind == "dora" and settings.share is not None:
+                path = opened.paths[0]
+                raise LoraError(f"{path}: {name} is DoRA, and its norm depends on the base's weights. {as_lora(path)}")
+            norms[name], ranks[name] = norm(layer), layer.rank
     if settings.drop is not None:
         gone = set(chosen("drop", [settings.drop] if isinstance(settings.drop, str) else settings.drop, list(norms)))
     else:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from charforgex.config import bind
-from charforgex.errors import ConfigError, LoraError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, dtype_of, lineage, opened_loras, progress
+from charforgex.errors import ConfigError
+from charforgex.toolbox.common import Opened, Outputs, Shrinks, begun, dtype_of, lineage, progress, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,38 +23,33 @@ WHOLE = 64  # values; a factor of fewer stays as it is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Inputs, Outputs):
+class Settings(Shrinks):
     kind: Literal["fp8", "int8", "nf4"] = "fp8"
-    functional: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("format", "dtype"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect: what is quantised keeps its names and is read in its dtype; convert it first.")
-        self.the_path()
 
 
 def quantize(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the LoRA with quantised factors, and tells bytes and errors of what is read back. Raises a CharForgeError."""
     settings = bind(Settings, cfg, "")
-    if not settings.dry_run:
-        settings.check_out(settings.paths)
+    with begun(settings) as opened:
+        from charforgex.lora.metadata import hashes
+        from charforgex.lora.quantized import mark
+        from charforgex.lora.writing import write_tensors
+        from charforgex.toolbox import shrinking
 
-    from charforgex.lora.metadata import hashes
-    from charforgex.lora.quantized import mark
-    from charforgex.lora.writing import write_tensors
-    from charforgex.toolbox import functional, shrinking
-
-    with opened_loras(settings) as opened:
-        if settings.functional:
-            functional.check_base(opened.base)
         file, keys = opened.files[0], quantised_keys(opened.files[0])
         metadata = lineage(opened, "quantize", {"kind": settings.kind})
         metadata |= {key: value for key, value in file.metadata.items() if key == "lora_adapter_metadata"}
         metadata |= mark(settings.kind, str(dtype_of(opened, None)).removeprefix("torch."), {key: file.shapes[key] for key in keys})
 
         def write(place: Outputs) -> dict[str, Any]:
-            write_tensors(tensors(opened.paths[0], keys, settings.kind), place.out, metadata)
+            with writing(place.out):
+                write_tensors(tensors(opened.paths[0], keys, settings.kind), place.out, metadata)
             ranks = sorted({row.rank for row in rows.values()})
             return {
                 "out": str(place.out), "format": opened.format, "base": opened.base.name, "layers": len(rows), "ranks": ranks,
@@ -86,8 +81,6 @@ def tensors(path: Path, keys: list[str], kind: str) -> Iterator[tuple[str, Tenso
             if key not in chosen:
                 yield key, tensor
                 continue
-            if not tensor.isfinite().all():
-                raise LoraError(f"{path}: {key} holds values that are not finite.")
             codes, scale = quantized.quantize(tensor, kind)
             yield key, codes
             yield key + quantized.SCALE, scale
@@ -122,12 +115,12 @@ def _norms(one: Layer, other: Layer | None) -> tuple[float, float]:
     from dataclasses import replace
 
     from charforgex.lora.lowrank import product
-    from charforgex.toolbox.shrinking import distance
+    from charforgex.lora.state import LoraLayer
+    from charforgex.toolbox.shrinking import distance, norm
 
-    if one.kind == "dora":
-        one, other = replace(one, magnitude=None), replace(other, magnitude=None)
-    if one.kind == "lora":
-        whole = product(one)
-        return whole.norm(), whole.norm() if other is None else distance(whole, product(other))
-    whole = one.delta().double()
-    return float(whole.norm()), float((whole - other.delta().double()).norm())
+    whole = norm(one)
+    if other is None:
+        return whole, whole
+    if isinstance(one, LoraLayer):
+        return whole, distance(*(product(replace(layer, magnitude=None)) for layer in (one, other)))
+    return whole, float((one.delta().double() - other.delta().double()).norm())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from charforgex.binding import annotation, fit
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError
-from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras
+from charforgex.lora.targets import check_patterns
+from charforgex.toolbox.common import Opened, Shrinks, begun, lineage
 
 if TYPE_CHECKING:
     from charforgex.lora.lowrank import Product, Spectrum
@@ -21,7 +22,7 @@ CRITERIA = ("energy", "ratio", "error", "total_error")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Inputs, Outputs):
+class Settings(Shrinks):
     """One criterion; `rank` alone, or as the most that another may keep. `layers`: the criterion's value by pattern (lora/targets.py).
 
     `energy`, `ratio` and `error` are of each layer, as lowrank's keep_energy, keep_ratio and keep_error have them; `total_error` is of
@@ -34,9 +35,9 @@ class Settings(Inputs, Outputs):
     error: Budget | None = None
     total_error: Budget | None = None
     layers: dict[str, float] | None = None
-    functional: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         given = [name for name in CRITERIA if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} both say how much to keep; keep one of them, with rank as the most it may keep.")
@@ -46,7 +47,7 @@ class Settings(Inputs, Outputs):
             raise ConfigError("layers has no effect with total_error, one budget for the whole file; say error=... instead.")
         for pattern, value in (self.layers or {}).items():
             fit(value, annotation(Settings, self.criterion), f"layers.{pattern}")
-        self.the_path()
+        check_patterns("layers", self.layers or {})
 
     @property
     def criterion(self) -> str:
@@ -60,17 +61,10 @@ class Settings(Inputs, Outputs):
 def resize(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the LoRA with fewer directions, and tells ranks, bytes, and errors without the file's rounding. Raises a CharForgeError."""
     settings = bind(Settings, cfg, "")
-    if not settings.dry_run:
-        settings.check_out(settings.paths)
+    with begun(settings) as opened:
+        from charforgex.toolbox import shrinking
 
-    from charforgex.lora.targets import check_patterns
-    from charforgex.toolbox import functional, shrinking
-
-    check_patterns("layers", settings.layers or {})
-    with opened_loras(settings) as opened:
         shrinking.check_plain(opened, "resize")
-        if settings.functional:
-            functional.check_base(opened.base)
         weights = shrunk_weights(opened, settings)
         write = shrinking.layers(opened, weights.get, lineage(opened, "resize", settings.told()))
         told = shrinking.shrunk(opened, settings, write, weights.rows, settings.functional)

@@ -7,11 +7,8 @@ changed one by one they would need three times the directions in the file.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +17,8 @@ from charforgex.errors import LoraError
 from charforgex.lora.lowrank import Product, layer_of, product, stacked
 from charforgex.lora.lycoris import kind_of
 from charforgex.lora.state import Layer, LoraLayer, some
-from charforgex.toolbox.common import Opened, Outputs, progress, save
+from charforgex.lora.writing import check_format, check_places
+from charforgex.toolbox.common import Opened, Outputs, as_lora, counted, progress, save, say, written
 
 SHOWN = 5  # of the layers that lost most
 
@@ -64,6 +62,13 @@ def total_error(rows: Mapping[str, Row]) -> float:
     return math.hypot(*(row.lost for row in rows.values())) / whole if whole else 0.0
 
 
+def norm(layer: Layer) -> float:
+    """Frobenius, of what a layer adds; of DoRA, of the product that is added before its norm."""
+    if isinstance(layer, LoraLayer):
+        return product(replace(layer, magnitude=None)).norm()
+    return float(layer.delta().double().norm())
+
+
 def distance(one: Product, other: Product) -> float:
     """The Frobenius norm of the difference."""
     return stacked([one, other], [1.0, -1.0]).norm()
@@ -74,10 +79,7 @@ def check_plain(opened: Opened, tool: str) -> None:
     file, path = opened.files[0], opened.paths[0]
     other = [module for module, sides in file.sides.items() if kind_of(sides) != "lora"]
     if other:
-        raise LoraError(
-            f"{path}: {len(other)} layers are DoRA, LoHa or LoKr, which {tool} cannot change: {some(other)}. "
-            f"Convert it to LoRA first: charforgex lora convert {path} out=<file.safetensors> kind=lora"
-        )
+        raise LoraError(f"{path}: {len(other)} layers are DoRA, LoHa or LoKr, which {tool} cannot change: {some(other)}. {as_lora(path)}")
 
 
 class Shrinking:
@@ -91,11 +93,11 @@ class Shrinking:
         values: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.file, self.change, self.values = opened.files[0], change, values or {}
+        check_format(format, opened.base.names)
+        check_places(self.file.names, format, opened.base.names)
         have = set(self.file.names)
         table = opened.base.names.table(format)
         self.modules = {name: [n for n, _ in parts if n in have] for parts in table.values() for name, _ in parts if name in have}
-        if lost := [name for name in self.file.names if name not in self.modules]:
-            raise LoraError(f"{len(lost)} layers have no place in the format {format}: {some(lost)}.")
         self.rows: dict[str, Row] = {}
         self._last: tuple[list[str], dict[str, Layer]] = [], {}
 
@@ -139,20 +141,15 @@ def layers(opened: Opened, get: Callable[[str], Layer | None], metadata: Mapping
     """Writes the layers that `get` makes."""
 
     def write(place: Outputs) -> dict[str, Any]:
-        with closing(progress(opened.names, "layers")) as steps:
-
-            def stepping(name: str) -> Layer | None:
-                next(steps, None)
-                return get(name)
-
-            return save(opened, place, stepping, opened.names, metadata)
+        with counted(get, opened.names) as counting:
+            return save(opened, place, counting, opened.names, metadata)
 
     return write
 
 
 def shrunk(opened: Opened, outputs: Outputs, write: Write, rows: Mapping[str, Row], functional: bool) -> dict[str, Any]:
     """Writes the file and tells what became of it. `rows` are full once it is written. A dry run writes where it is soon forgotten."""
-    with _place(outputs) as place:
+    with outputs.place() as place:
         told = write(place)
         worst = max(rows, key=lambda label: rows[label].error)
         told |= {
@@ -168,15 +165,6 @@ def shrunk(opened: Opened, outputs: Outputs, write: Write, rows: Mapping[str, Ro
     return told
 
 
-@contextmanager
-def _place(outputs: Outputs) -> Iterator[Outputs]:
-    if not outputs.dry_run:
-        yield outputs
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield replace(outputs, out=Path(folder) / "dry.safetensors")
-
-
 def show(title: str, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
     """The table at the end: the file before and after, and the layers that lost most."""
     from rich.console import Console
@@ -184,7 +172,7 @@ def show(title: str, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
 
     table = Table(Column("", overflow="fold"), "before", "after", title=title)
     table.add_row("layers", str(told["layers_before"]), str(told["layers"]))
-    table.add_row("ranks", _span(told["ranks_before"]), _span(told["ranks"]))
+    table.add_row("ranks", span(told["ranks_before"]), span(told["ranks"]))
     table.add_row("bytes", f"{told['bytes_before']:,}", f"{told['bytes']:,} ({told['bytes'] / told['bytes_before']:.0%})")
     table.add_row("relative error, all layers", "", f"{told['error']:.3g}")
     if "refactored_error" in told:
@@ -196,8 +184,8 @@ def show(title: str, told: Mapping[str, Any], rows: Mapping[str, Row]) -> None:
         table.add_row(name.replace("_", " "), "", f"{value:.3g}")
     console = Console()
     console.print(table)
-    console.print("nothing written (dry_run=true)" if told["dry_run"] else told["out"])
+    say(console, written(told))
 
 
-def _span(ranks: Sequence[int]) -> str:
+def span(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
