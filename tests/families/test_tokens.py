@@ -9,7 +9,16 @@ from safetensors.torch import load_file, save_file
 from charforgex.errors import LoraError
 from charforgex.families.sdxl import Sdxl
 from charforgex.families.text import token_ids
-from charforgex.families.tokens import NewTokens, Rewording, add_tokens, initial_rows, read_tokens, save_tokens, usual_length
+from charforgex.families.tokens import (
+    NewTokens,
+    Rewording,
+    add_tokens,
+    initial_rows,
+    keeping_words,
+    read_tokens,
+    save_tokens,
+    usual_length,
+)
 from tests.families.rows import ROWS
 
 ROWS_2 = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
@@ -116,3 +125,18 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path):
     save_file({"emb_params": ROWS_2}, tmp_path / "sd1.safetensors")
     with pytest.raises(LoraError, match="holds no tokens of sdxl: it has emb_params"):
         read_tokens(tmp_path / "sd1.safetensors", Sdxl())
+
+
+def test_words_are_forgotten_again():
+    family, parts = Sdxl(), Sdxl().tiny()
+    inner = parts["text_encoder_2"].text_model
+    inner.eos_token_id = 2
+    before, tokenizer = family.encode_text(parts, ["a zkx woman"]), parts["tokenizer"]
+    with keeping_words(parts):
+        for name in family.clip_encoders:
+            add_tokens(parts, name, "zkx", ROWS_2)
+        assert not torch.equal(family.encode_text(parts, ["a zkx woman"]).tokens_BLD, before.tokens_BLD)
+    after = family.encode_text(parts, ["a zkx woman"])
+    assert torch.equal(after.tokens_BLD, before.tokens_BLD) and torch.equal(after.pooled_BD, before.pooled_BD)
+    assert parts["tokenizer"] is tokenizer and inner.eos_token_id == 2
+    assert not any(isinstance(module, NewTokens) for network in parts.networks().values() for module in network.modules())

@@ -6,7 +6,18 @@ from safetensors.torch import load_file
 
 from charforgex.errors import LoraError
 from charforgex.lora import writing
-from charforgex.lora.inject import acting, adapter_parameters, inject, load_adapter, read_adapter, same_output, set_scales, without_adapter
+from charforgex.lora.inject import (
+    acting,
+    adapter_parameters,
+    inject,
+    load_adapter,
+    read_adapter,
+    same_output,
+    set_scales,
+    unload_adapter,
+    without_adapter,
+)
+from charforgex.lora.start import first_layer
 from charforgex.lora.state import Lora, LoraLayer
 
 
@@ -226,3 +237,45 @@ def test_saving_during_training_goes_on_as_if_nothing_happened(family, tmp_path,
     plain, saved = train(False), train(True)
     assert all(torch.equal(plain[name], saved[name]) for name in plain)
     assert len(load_file(tmp_path / "x.safetensors")) == 3 * len(plain) // 2
+
+
+def of_kind(parts, kind, path, seed):
+    layer = first_layer(kind, parts.denoiser.get_submodule(path).weight, path, 2, 2.0, seed)
+    draw = torch.Generator().manual_seed(seed)
+    return {f"unet.{path}": layer.map(lambda x: x + torch.randn(x.shape, generator=draw) * 0.3)}
+
+
+def test_an_unloaded_adapter_leaves_the_others_alone_and_the_last_one_leaves_the_base(family, parts, predict):
+    """Of kinds that wrap each other on one module, in any order of going."""
+    path = next(path for path, _ in parts.denoiser.named_modules() if path.endswith("attn1.to_q"))
+    before, modules = predict(parts), [type(module) for module in parts.denoiser.modules()]
+    loras = {kind: Lora(of_kind(parts, kind, path, seed)) for seed, kind in enumerate(("lora", "dora", "loha"))}
+    for gone in loras:
+        for name, lora in loras.items():
+            load_adapter(parts, lora, name, scale=0.7)
+        unload_adapter(parts, gone)
+        rest = family.tiny()
+        for name in (name for name in loras if name != gone):
+            load_adapter(rest, loras[name], name, scale=0.7)
+        assert torch.equal(predict(parts), predict(rest)), gone
+        load_adapter(parts, loras["lora"], "again", scale=0.0)
+        unload_adapter(parts, "again")
+        assert torch.equal(predict(parts), predict(rest))
+        for name in (name for name in loras if name != gone):
+            unload_adapter(parts, name)
+        assert torch.equal(predict(parts), before)
+        assert [type(module) for module in parts.denoiser.modules()] == modules and not hasattr(parts.denoiser, "peft_config")
+    with pytest.raises(LoraError, match="No adapter named dora is loaded; loaded are none"):
+        unload_adapter(parts, "dora")
+
+
+def test_a_name_that_was_dora_may_come_back_as_lora(family, parts, predict):
+    path = next(path for path, _ in parts.denoiser.named_modules() if path.endswith("attn1.to_q"))
+    load_adapter(parts, Lora(of_kind(parts, "lora", path, 1)), "stays")
+    load_adapter(parts, Lora(of_kind(parts, "dora", path, 2)), "name")
+    unload_adapter(parts, "name")
+    load_adapter(parts, Lora(of_kind(parts, "lora", path, 3)), "name")
+    fresh = family.tiny()
+    for seed, name in ((1, "stays"), (3, "name")):
+        load_adapter(fresh, Lora(of_kind(fresh, "lora", path, seed)), name)
+    assert torch.equal(predict(parts), predict(fresh))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def add_tokens(parts: Components, component: str, word: str, rows: Tensor, limit
             module.eos_token_id = own.eos_token_id
     parts.modules[_tokenizer_name(component)] = Rewording(own, {**words, word: names})
     return new
+
+
+@contextmanager
+def keeping_words(parts: Components) -> Iterator[None]:
+    """Afterwards the encoders and their tokenizers know the words that they knew before, and are what they were, bit for bit."""
+    tokenizers = {name: module for name, module in parts.modules.items() if name.startswith("tokenizer")}
+    modules = [module for network in parts.networks().values() for module in network.modules()]
+    tables = [(module, module.token_embedding) for module in modules if hasattr(module, "token_embedding")]
+    ends = [(module, module.eos_token_id) for module in modules if hasattr(module, "eos_token_id")]
+    try:
+        yield
+    finally:
+        parts.modules |= tokenizers
+        for module, table in tables:
+            module.token_embedding = table
+        for module, end in ends:
+            module.eos_token_id = end
 
 
 def save_tokens(path: Path, family: Family, values: Mapping[str, Tensor]) -> Path:

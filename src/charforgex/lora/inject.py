@@ -152,6 +152,30 @@ def set_scales(parts: Components, scales: Mapping[str, float]) -> None:
                     layer.set_scale(_key(part), scale)
 
 
+def unload_adapter(parts: Components, name: str) -> None:
+    """Takes a loaded adapter out of all parts, which then compute what they did before it came, bit for bit: layers of it alone are the
+    base's own modules again. Raises LoraError if there is none of that name."""
+    if name not in _all_names(parts):
+        raise LoraError(f"No adapter named {name} is loaded; loaded are {some(_all_names(parts)) or 'none'}.")
+    key = _key(name)
+    for network in parts.networks().values():
+        layers = {path: layer for path, layer in _by_path(network).items() if key in layer.scaling}
+        with _keeping_gradients(layers.values()):
+            for path, layer in reversed(layers.items()):  # what is inside another first
+                if len(layer.scaling) > 1:
+                    stay = [other for other in layer.active_adapters if other != key]
+                    layer.set_adapter(stay)  # else peft would choose another one and switch it on
+                    layer.delete_adapter(key)
+                    continue
+                above, _, last = path.rpartition(".")
+                setattr(network.get_submodule(above), last, layer.base_layer)
+        getattr(network, "peft_config", {}).pop(key, None)
+        if layers and not _tuner_layers(network):
+            del network.peft_config
+            if hasattr(network, "_hf_peft_config_loaded"):
+                network._hf_peft_config_loaded = False
+
+
 @contextmanager
 def without_adapter(*networks: nn.Module) -> Iterator[None]:
     """Inside, the networks compute exactly what the base model does, whatever adapters they hold."""
