@@ -152,23 +152,27 @@ def get_assessor(source: str) -> Assessor:
 
 def measure(pixels: np.ndarray, data: bytes | None = None) -> dict[str, float]:
     """The scores of one upright picture, uint8 (H, W, 3); `data` is its file, which tells a JPEG's quality ("jpeg_quality", 1 to 100)."""
-    work = _fit(pixels, WORK)
-    grey = cv2.cvtColor(work, cv2.COLOR_RGB2GRAY)
-    tiles = _tiles(pixels)
+    grey = working(pixels)
+    parts = tiles(pixels)
     frame = _frame(grey)
     inner = grey[frame[0] : grey.shape[0] - frame[1], frame[2] : grey.shape[1] - frame[3]]
     scores = {
         "sharpness": sharpness(inner),
         "steadiness": steadiness(inner),
         **exposure(inner),
-        "noise": noise(tiles),
-        "blocks": blocks(tiles),
-        "detail": detail(tiles),
+        "noise": noise(parts),
+        "blocks": blocks(parts),
+        "detail": detail(parts),
         "border": 1 - inner.size / grey.size,
         "text": text(inner),
     }
     quality = jpeg_quality(data) if data is not None else None
     return scores if quality is None else scores | {"jpeg_quality": quality}
+
+
+def working(pixels: np.ndarray) -> np.ndarray:
+    """What is measured at the size of training: grey (h, w), at most `WORK` pixels a side, of uint8 (H, W, 3)."""
+    return cv2.cvtColor(_fit(pixels, WORK), cv2.COLOR_RGB2GRAY)
 
 
 def sharpness(grey: np.ndarray) -> float:
@@ -180,12 +184,17 @@ def sharpness(grey: np.ndarray) -> float:
     The steepest fifth of the edges counts: a sharp person before a soft background is sharp.
     1 where there is no edge to tell by.
     """
+    found = steepness(grey)
+    return 1.0 if found is None else found
+
+
+def steepness(grey: np.ndarray) -> float | None:
+    """`sharpness`, but None where there is no edge to tell by."""
     if min(grey.shape) < 2:
-        return 1.0
+        return None
     smooth, edge = _without_grain(grey)
     across = cv2.max(cv2.absdiff(smooth[:, :-1], smooth[:, 1:])[:-1], cv2.absdiff(smooth[:-1], smooth[1:])[:, :-1])
-    found = _steepness(smooth[:-1, :-1], across, np.ones((9, 9), np.uint8), edge)
-    return 1.0 if found is None else found
+    return _steepness(smooth[:-1, :-1], across, np.ones((9, 9), np.uint8), edge)
 
 
 def steadiness(grey: np.ndarray) -> float:
@@ -378,7 +387,7 @@ def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
 
 
-def _tiles(pixels: np.ndarray) -> list[np.ndarray]:
+def tiles(pixels: np.ndarray) -> list[np.ndarray]:
     """Grey tiles of the picture itself: its middle and four between there and the corners; the whole of a small one."""
     height, width = pixels.shape[:2]
     if height <= 2 * TILE and width <= 2 * TILE:

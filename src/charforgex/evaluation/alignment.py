@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from charforgex.charworld.judge import Judge
 from charforgex.charworld.world import read_prompt
 from charforgex.embedders import get_clip, to_pixels
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def clip_score(seen_ND: Array, read_ND: Array) -> Array:
+    """CLIP score (Hessel et al. 2021) of pictures and prompts, both unit vectors, (N,): 100 max(cosine, 0), as torchmetrics scales it."""
+    return 100 * (seen_ND * read_ND).sum(-1).clip(min=0)
+
+
+def answers(judge: Judge, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, bool]]:
+    """For each picture, which of the attributes that its prompt asks for charworld's judge reads off it."""
+    shown = judge.read(to_pixels(pictures, 64))
+    return [
+        {name: reading[name] == value for name, value in read_prompt(prompt).items()}
+        for reading, prompt in zip(shown, prompts, strict=True)
+    ]
 
 
 class Follower(Protocol):
@@ -25,7 +43,7 @@ class Follower(Protocol):
 
 
 class ClipFollower:
-    """CLIP score (Hessel et al. 2021): cosine of picture and prompt, by any CLIP of transformers."""
+    """`clip_score` by any CLIP of transformers."""
 
     def __init__(self, source: str):
         self.name, self.clip = source, get_clip(source)
@@ -34,7 +52,7 @@ class ClipFollower:
         return self.clip.see(pictures)
 
     def clip_score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        return (self.clip.see(pictures) * self.clip.read(prompts)).sum(-1).tolist()
+        return clip_score(self.clip.see(pictures), self.clip.read(prompts)).tolist()
 
     score = clip_score
 
@@ -51,13 +69,8 @@ class CharworldFollower(ClipFollower):
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """The share of asked attributes that are shown; a prompt that asks for none scores 1."""
-        shown = self.judge.read(to_pixels(pictures, 64))
-        scores = []
-        for reading, prompt in zip(shown, prompts, strict=True):
-            asked = read_prompt(prompt)
-            right = [reading[name] == value for name, value in asked.items()]
-            scores.append(sum(right) / len(right) if right else 1.0)
-        return scores
+        asked = answers(self.judge, pictures, prompts)
+        return [sum(right.values()) / len(right) if right else 1.0 for right in asked]
 
 
 def get_follower(source: str) -> Follower:

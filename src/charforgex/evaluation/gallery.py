@@ -7,6 +7,7 @@ where the gallery has a folder for them. So memory does not grow with the pictur
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,28 @@ class Gallery:
         for i, shot in enumerate(self.shots):
             for name in shot.marks:
                 found[i, places.get(name, [])] = True
+        return found
+
+    @property
+    def persons(self) -> dict[str, np.ndarray]:
+        """Indices of the shots of each person, by name. A shot that names nobody shows somebody of its own."""
+        found: dict[str, list[int]] = {}
+        for i, shot in enumerate(self.shots):
+            for person in shot.people or (f"{self.name} {i}",):
+                found.setdefault(person, []).append(i)
+        return {person: np.array(places) for person, places in found.items()}
+
+    def partners(self, other: Gallery) -> np.ndarray:
+        """int64 (N,): which shot of `other` has the same prompt and seed, -1 where none has."""
+        places, used = {}, Counter()
+        for j, shot in enumerate(other.shots):
+            places[shot.prompt, shot.seed, used[shot.prompt, shot.seed]] = j
+            used[shot.prompt, shot.seed] += 1
+        used.clear()
+        found = np.full(len(self), -1)
+        for i, shot in enumerate(self.shots):
+            found[i] = places.get((shot.prompt, shot.seed, used[shot.prompt, shot.seed]), -1)
+            used[shot.prompt, shot.seed] += 1
         return found
 
     def only(self, *packs: str) -> Gallery:

@@ -13,12 +13,14 @@ import numpy as np
 
 from charforgex.curation.faces import Detector, FaceSettings, get_detector
 from charforgex.errors import DataError
+from charforgex.quiet import quiet
 from charforgex.runs import sha256_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from charforgex.charworld.judge import Judge
     from charforgex.embedders import Clip, Embedder
     from charforgex.evaluation.gallery import Gallery
 
@@ -81,7 +83,8 @@ def recogniser(embedder: str, faces: FaceSettings | None = None) -> Recogniser:
     which get `FaceSettings()`. Raises ConfigError and ModelError."""
     from charforgex.embedders import get_embedder
 
-    eye = get_embedder(embedder, faces=True)
+    with quiet("transformers"):
+        eye = get_embedder(embedder, faces=True)
     faces = FaceSettings() if faces is None and eye.aligned else faces
     name = f"identity {stamp(embedder, 'judge')}"
     if faces is None:
@@ -95,9 +98,18 @@ def get_clip(source: str) -> Clip:
     """As `embedders.get_clip`, once."""
     from charforgex import embedders
 
-    return embedders.get_clip(source)
+    with quiet("transformers"):
+        return embedders.get_clip(source)
 
 
 def clip_vectors(gallery: Gallery, source: str) -> np.ndarray:
     """float32 (N, D): what a CLIP sees in the pictures."""
     return gallery.vectors(f"clip {stamp(source, 'clip')}", get_clip(source).see)
+
+
+@cache
+def get_judge() -> Judge:
+    """Charworld's, once."""
+    from charforgex.charworld.assets import load_judge
+
+    return load_judge()
