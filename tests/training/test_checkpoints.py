@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from charforgex.errors import CheckpointError
+from charforgex.lora.checkpoints import folder_name, saved_steps
 from charforgex.runs import remove_unfinished
-from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, prune, saved_steps
+from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good, prune
 
 
 def save(folder, step, value=1.0):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from charforgex.training.checkpoints import SafeCheckpointIO, saved_steps
+from charforgex.lora.checkpoints import saved_steps
+from charforgex.training.checkpoints import SafeCheckpointIO
 from tests.data.conftest import draw
 
 ROOT = Path(__file__).resolve().parents[2]

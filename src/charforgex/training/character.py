@@ -31,6 +31,7 @@ from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components, weights_hash
 from charforgex.families.tokens import save_tokens
 from charforgex.generation.sampling import check_sampling
+from charforgex.lora.checkpoints import folder_name, read_checkpoint, saved_steps
 from charforgex.lora.inject import adapter_parameters, inject, read_adapters
 from charforgex.lora.lycoris import WRITABLE
 from charforgex.lora.metadata import build
@@ -38,7 +39,7 @@ from charforgex.lora.writing import save_verified
 from charforgex.quiet import quiet
 from charforgex.training import report
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
-from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good, saved_steps
+from charforgex.training.checkpoints import load_last_good
 from charforgex.training.curves import draw_curves
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
 from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
@@ -456,7 +457,7 @@ def finish(
     path = run_dir / "checkpoints" / folder_name(best.step)
     if path not in saved_steps(run_dir / "checkpoints"):
         raise AssertionError(f"the best checkpoint {path} was not kept")
-    module.restore(SafeCheckpointIO().load_checkpoint(path))
+    module.restore(read_checkpoint(path))
     metadata_of = lambda lora: build(  # noqa: E731
         lora, family, title=job.cfg.name, base=str(job.cfg.family.source), trigger=job.character.trigger or "", tags=data.tag_frequency(),
         resolution=(max(data.resolutions),) * 2, prediction=family.process(parts).prediction, steps=best.step,

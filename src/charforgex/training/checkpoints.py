@@ -14,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io import CheckpointIO
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from charforgex.errors import CheckpointError
+from charforgex.lora.checkpoints import MANIFEST, STATE, TENSORS, read_checkpoint, saved_steps, step_of
 from charforgex.runs import TEMPORARY, fsync_folder
-
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _write(path: Path, data: bytes) -> str:
@@ -58,25 +52,10 @@ class SafeCheckpointIO(CheckpointIO):
         fsync_folder(path.parent)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises CheckpointError if a file is missing, unreadable, or not the one whose hash the manifest holds."""
-        path = Path(path)
-        try:
-            hashes = json.loads((path / MANIFEST).read_bytes())
-            files = {name: (path / name).read_bytes() for name in (TENSORS, STATE)}
-            for name, data in files.items():
-                if hashlib.sha256(data).hexdigest() != hashes[name]:
-                    raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the manifest's.")
-            return {"tensors": load(files[TENSORS])} | json.loads(files[STATE])
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike) -> None:
         shutil.rmtree(path)
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first. Unfinished ones do not count."""
-    return sorted(Path(folder).glob("step-*"), reverse=True)
 
 
 def load_last_good(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -87,7 +66,7 @@ def load_last_good(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     problems = []
     for path in saved_steps(folder):
         try:
-            return SafeCheckpointIO().load_checkpoint(path), problems
+            return read_checkpoint(path), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -98,5 +77,5 @@ def load_last_good(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 def prune(folder: Path, keep: int, always: set[int]) -> None:
     """Removes all but the `keep` newest checkpoints and those of the steps in `always`."""
     for path in saved_steps(folder)[keep:]:
-        if int(path.name.removeprefix("step-")) not in always:
+        if step_of(path) not in always:
             shutil.rmtree(path)

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from charforgex.errors import TrainingError
-from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good
+from charforgex.lora.checkpoints import folder_name
+from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good
 from charforgex.training.logs import StepLog
 from charforgex.training.module import MAX_SKIPPED, NotFinite, StepModule
 from charforgex.training.settings import TrainerSettings

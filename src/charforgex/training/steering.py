@@ -11,7 +11,8 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from charforgex.training.checkpoints import folder_name, prune
+from charforgex.lora.checkpoints import folder_name
+from charforgex.training.checkpoints import prune
 from charforgex.training.module import StepModule
 
 QUIET_SECONDS = 15  # between lines where there is no terminal to draw a bar on

@@ -34,6 +34,7 @@ from charforgex.families.loading import denoiser_config, weights_hash
 from charforgex.generation.sampling import sample_latents
 from charforgex.generation.stack import Stack
 from charforgex.lora import lowrank
+from charforgex.lora.checkpoints import folder_name
 from charforgex.lora.formats import open_lora
 from charforgex.lora.inject import TRAINED, acting, adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.state import Layer, Lora
@@ -41,7 +42,7 @@ from charforgex.toolbox.common import Opened, lineage
 from charforgex.toolbox.common import save as save_lora
 from charforgex.training.blocks import checkpoint_blocks
 from charforgex.training.character import DTYPES, choose_device
-from charforgex.training.checkpoints import SafeCheckpointIO, folder_name, load_last_good
+from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good
 from charforgex.training.distilling import Settings, Teachers, number_to_learn
 from charforgex.training.live import LiveText
 from charforgex.training.logs import StepLog, read_log
