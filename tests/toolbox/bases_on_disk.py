@@ -49,3 +49,10 @@ def lora_for(family: str, path: Path, format: str = "kohya", rank: int = 3, seed
     layers = {name: make(base.shapes[name], rank, seed + number) for number, name in enumerate(names)}
     write_layers(layers.get, names, path, format, base.names, torch.float32, {"charforgex.family": family})
     return path
+
+
+def home_of(family: str, home: Path, pick=lambda name: True) -> Path:
+    """`base/`, `base.safetensors`, and `lora.safetensors` on those of their modules that `pick` chooses."""
+    single_of(family, folder_of(family, home / "base"), home / "base.safetensors")
+    lora_for(family, home / "lora.safetensors", pick=lambda name: name != "text_encoder.text_projection" and pick(name))  # SD3's has none
+    return home

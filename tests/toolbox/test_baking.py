@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from charforgex.lora.state import LohaLayer, LoraLayer
 from charforgex.toolbox import checkpoints
 from charforgex.toolbox.baking import bake
 from charforgex.types import Crop
-from tests.toolbox.bases_on_disk import folder_of, layer_for, lora_for, single_of
+from tests.toolbox.bases_on_disk import home_of, layer_for, lora_for, single_of
 
 DENOISER = {"sdxl": "unet", "flux": "transformer", "sd3": "transformer"}
 
@@ -24,17 +25,7 @@ DENOISER = {"sdxl": "unet", "flux": "transformer", "sd3": "transformer"}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """home(family): a folder with `base/`, `base.safetensors` and `lora.safetensors`."""
-    made = {}
-
-    def make(family):
-        if family not in made:
-            home = made[family] = tmp_path_factory.mktemp(family)
-            single_of(family, folder_of(family, home / "base"), home / "base.safetensors")
-            pick = {"sd3": lambda name: name != "text_encoder.text_projection"}.get(family, lambda name: True)  # SD3's files have none
-            lora_for(family, home / "lora.safetensors", pick=pick)
-        return made[family]
-
-    return make
+    return cache(lambda family: home_of(family, tmp_path_factory.mktemp(family)))
 
 
 def said(family, parts):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from charforgex.config import compose
-from charforgex.errors import CharForgeError, ConfigError, LoraError
+from charforgex.errors import CharForgeError, ConfigError, LoraError, ModelError
 from charforgex.families import bases
 from charforgex.lora.formats import open_lora, read_header
 from charforgex.lora.identify import identify
@@ -175,6 +175,15 @@ def test_what_cannot_be_or_has_no_effect_is_refused(make, settings, said, tmp_pa
     with pytest.raises((ConfigError, LoraError, CharForgeError), match=said):
         run(path, tmp_path / "b.safetensors", *settings)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dora_s_base_must_be_of_its_size(tmp_path):
+    base = bases.get("sdxl_base")
+    name = "unet.conv_in"
+    path = tmp_path / "a.safetensors"
+    write_layers({name: dora(base.shapes[name], 2, 0)}.get, [name], path, "kohya", base.names, torch.float32, {})
+    with pytest.raises(ModelError, match=r"base_weights=charworld is no sdxl_base, .*conv_in is \(64, 4, 3, 3\) and not \(320, 4, 3, 3\)"):
+        run(path, tmp_path / "b.safetensors", "kind=lora", "rank=2", "base_weights=charworld", "base=sdxl_base")
 
 
 def test_no_network_is_needed(tmp_path):

@@ -107,9 +107,11 @@ def test_settings_without_use_are_refused(path, tmp_path):
     out = f"out={tmp_path}/x.safetensors"
     for overrides, said in (
         (["keep=0"], "out is not set"), ([out], "needs to know which directions"), ([out, "keep=7-"], "chooses none"),
-        ([out, "keep=x"], "is no range"),
+        ([out, "keep=x"], "is no range"), (["format=kohya", "dtype=float16"], "format and dtype without a file"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             run(path, *overrides)
+    with pytest.raises(LoraError, match="no LoRA format nonsense"):
+        run(path, out, "keep=0", "format=nonsense", "dry_run=true")
     with pytest.raises(LoraError, match="layers: to_x matches no"):
         run(path, "layers=[to_x]")

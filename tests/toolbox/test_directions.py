@@ -188,6 +188,8 @@ def test_what_has_no_words_is_refused(tmp_path):
         run(mixed, "layers=[context_embedder,add_k_proj]")
     for overrides, error, said in (
         (["slider=0"], ConfigError, "go together"),
+        (["format=kohya"], ConfigError, "format without a file would have no effect"),
+        (["device=gpu"], ConfigError, "device=gpu is not among the choices: auto, cpu, cuda"),
         ([f"out={tmp_path}/x.safetensors"], ConfigError, "go together"),
         (["slider=2", f"out={tmp_path}/x.safetensors"], ConfigError, "directions 0 to 1"),
         ([f"words={tmp_path}/few.txt"], ConfigError, "has 2 words"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from charforgex.lora.lowrank import dense_spectrum, leading_spectrum
 from charforgex.toolbox.baking import bake
 from charforgex.toolbox.checkpoints import find
 from charforgex.toolbox.extracting import extract
-from tests.toolbox.bases_on_disk import folder_of, lora_for, single_of
+from tests.toolbox.bases_on_disk import home_of, single_of
 
 QUERY = "transformer.transformer_blocks.0.attn.to_q"  # with keys and values one weight in single files
 EXTENSION = {"folder": "", "file": ".safetensors"}
@@ -27,18 +28,13 @@ EXTENSION = {"folder": "", "file": ".safetensors"}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """home(family): a folder with `base/` and `base.safetensors`, `tuned/` and `tuned.safetensors` with `lora.safetensors` baked in."""
-    made = {}
 
+    @cache
     def make(family):
-        if family not in made:
-            home = made[family] = tmp_path_factory.mktemp(family)
-            single_of(family, folder_of(family, home / "base"), home / "base.safetensors")
-            lora = lora_for(
-                family, home / "lora.safetensors", pick=lambda name: name != "text_encoder.text_projection" and "ff.net.2" not in name
-            )
-            for end in EXTENSION.values():
-                bake({"lora": str(lora), "base": str(home / f"base{end}"), "out": str(home / f"tuned{end}")})
-        return made[family]
+        home = home_of(family, tmp_path_factory.mktemp(family), lambda name: "ff.net.2" not in name)
+        for end in EXTENSION.values():
+            bake({"lora": str(home / "lora.safetensors"), "base": str(home / f"base{end}"), "out": str(home / f"tuned{end}")})
+        return home
 
     return make
 

@@ -93,6 +93,7 @@ def test_small_entries_go_and_what_is_stored_of_the_rest_is_told(tmp_path):
         ([], "nothing says what goes"),
         (["share=0.1", "directions=0.1"], "share and directions are two ways"),
         (["drop=[]"], "names no layer"),
+        (["drop=''"], "names no layer"),
         (["directions=0.1", "rank=4"], "rank has no effect without magnitude"),
         (["drop=nowhere"], "nowhere matches no"),
         (["share=1.5"], "share=1.5"),
@@ -113,3 +114,18 @@ def test_a_dora_s_norm_is_not_guessed(tmp_path):
     for settings, said in (("share=0.1", "norm depends on the base's weights"), ("directions=0.1", "prune directions=... cannot change")):
         with pytest.raises(LoraError, match=said):
             run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", settings)
+
+
+def test_layers_are_dropped_beside_dora(tmp_path):
+    base = bases.get("charworld_sdxl")
+    one, other = [name for name in base.shapes if queries_and_keys(name)][:2]
+    layers = {}
+    for name, strength in ((one, 1.0), (other, 2.0)):
+        out, inner = base.shapes[name]
+        layers[name] = LoraLayer(torch.ones(2, inner), torch.full((out, 2), strength), 2.0, torch.ones(out))
+    write_layers(layers.get, list(layers), tmp_path / "a.safetensors", "kohya", base.names, metadata={"charforgex.family": "sdxl"})
+    told = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", f"drop=[{other}]")
+    found = layers_of("sdxl", tmp_path / "b.safetensors")
+    assert found.keys() == {one} and found[one].equals(layers[one])
+    sizes = [math.prod(base.shapes[name]) for name in (one, other)]
+    assert told["error"] == pytest.approx((4 * sizes[1] / (sizes[0] + 4 * sizes[1])) ** 0.5, rel=1e-5)

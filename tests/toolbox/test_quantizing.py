@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from charforgex.config import compose
 from charforgex.errors import ConfigError, LoraError
@@ -82,6 +83,16 @@ def test_other_kinds_keep_what_is_not_a_factor(tmp_path):
     norms = [torch.linalg.norm(dense(layers[one])), layers[other].delta().norm()]
     expected = float(torch.hypot(errors[0].norm().float(), errors[1]) / torch.hypot(norms[0].float(), norms[1]))
     assert told["error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_factors_in_float8_can_be_quantised(tmp_path):
+    path = lora_for("sdxl", tmp_path / "a.safetensors", pick=lambda name: name.endswith("attn1.to_q"))
+    narrow = {key: t if key.endswith(".alpha") else t.to(torch.float8_e4m3fn) for key, t in load_file(path).items()}
+    save_file(narrow, tmp_path / "b.safetensors")
+    told = run(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kind=int8")
+    before, after = layers_of("sdxl", tmp_path / "b.safetensors"), layers_of("sdxl", tmp_path / "c.safetensors")
+    whole, lost = (torch.cat([dense(layer).flatten() for layer in found.values()]) for found in (before, after))
+    assert told["error"] == pytest.approx(float((whole - lost).norm() / whole.norm()), rel=1e-2) and told["error"] < 0.015
 
 
 def test_what_is_refused(tmp_path):

@@ -75,9 +75,9 @@ class Outputs:
         return self.out
 
     def check_unused(self) -> None:
-        """Of a tool that may also write nothing, and does not. Raises ConfigError for settings of the file."""
+        """Of a tool that writes a file if it is told to, and is not. Raises ConfigError for settings of the file."""
         if given := [name for name in ("format", "dtype") if getattr(self, name) is not None]:
-            raise ConfigError(f"{' and '.join(given)} are of the file that is written, and out is not set; say out=<file.safetensors>.")
+            raise ConfigError(f"{' and '.join(given)} without a file would have no effect; say out=<file.safetensors>.")
 
     def check_format(self, opened: Opened) -> None:
         """Raises LoraError for a format that is none of the files' family."""

@@ -38,8 +38,8 @@ class Settings(Shrinks):
         if len(given) != 1:
             said = f"{' and '.join(given)} are two ways of pruning; take one after the other" if given else "nothing says what goes"
             raise ConfigError(f"{said}; say one of drop=[...], share=0.01, directions=0.01 and magnitude=0.5.")
-        if self.drop == []:
-            raise ConfigError("drop=[] names no layer; say drop=[attn2, ff.net.2].")
+        if self.drop is not None and not all([self.drop, *self.drop]):
+            raise ConfigError(f"drop={self.drop} names no layer; say drop=[attn2, ff.net.2].")
         if self.rank is not None and self.magnitude is None:
             raise ConfigError("rank has no effect without magnitude; charforgex lora resize is for ranks.")
 
