@@ -281,6 +281,13 @@ def test_headers_that_make_no_sense(family, parts, lora, header):
         formats.from_tensors(tensors, {formats.ADAPTER_METADATA: header}, family, parts.denoiser.config)
 
 
+@pytest.mark.parametrize("alpha", ["NaN", "-Infinity", '"nan"', "1e999"])
+def test_a_header_with_an_alpha_that_is_no_number(family, parts, lora, alpha):
+    tensors = writing.to_tensors(lora, "diffusers", family, parts.denoiser.config, torch.float32)
+    with pytest.raises(LoraError, match=r"lora_adapter_metadata gives unet\.\S+ an alpha of (nan|-?inf)"):
+        formats.from_tensors(tensors, {formats.ADAPTER_METADATA: f'{{"unet.lora_alpha": {alpha}}}'}, family, parts.denoiser.config)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [

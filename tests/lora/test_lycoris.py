@@ -69,6 +69,17 @@ def test_diffusers_loads_a_dora_file_and_computes_the_same(row, tmp_path):
     assert stripped == set(names)
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_the_dtype_of_a_dora_file_is_that_of_its_factors(format):
+    row = ROWS[0]
+    parts = trained(row, "dora")
+    config = parts.denoiser.config
+    tensors = writing.to_tensors(read_adapter(parts.denoiser, "unet"), format, row.family, config, torch.bfloat16)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    file = formats.LoraFile(shapes, {}, formats.Names(row.family, config), tensors.__getitem__)
+    assert {file.dtype(sides) for sides in file.sides.values()} == {torch.bfloat16}
+
+
 def test_diffusers_cannot_hold_loha_and_lokr(tmp_path):
     row = ROWS[1]
     for kind in ("loha", "lokr"):
@@ -86,7 +97,7 @@ def test_diffusers_cannot_hold_loha_and_lokr(tmp_path):
 
 
 def test_lycoris_files_of_others(tmp_path):
-    """Both sides as products, no alpha; and a whole one with the alpha that LyCORIS writes and nobody reads."""
+    """Both sides as products, no alpha; and a whole one with an alpha, which nobody reads then."""
     row = ROWS[0]
     parts = row.family.tiny()
     config, module = parts.denoiser.config, "lora_unet_middle_block_1_proj_in"
@@ -100,10 +111,10 @@ def test_lycoris_files_of_others(tmp_path):
     (layer,) = formats.from_tensors({f"{module}.{key}": value for key, value in products.items()}, {}, row.family, config).layers.values()
     a, b, c, d = products.values()
     torch.testing.assert_close(layer.delta(), torch.kron(a @ b, c @ d))
-    whole = {"lokr_w1": a @ b, "lokr_w2": c @ d, "alpha": torch.tensor(9999.0)}
+    whole = {"lokr_w1": a @ b, "lokr_w2": c @ d, "alpha": torch.tensor(0.0)}
     lora = formats.from_tensors({f"{module}.{key}": value for key, value in whole.items()}, {}, row.family, config)
     torch.testing.assert_close(lora.layers["unet.mid_block.attentions.0.proj_in"].delta(), layer.delta())
-    assert load_adapter(parts, lora, "theirs") == 1
+    assert not lora.zero_layers() and load_adapter(parts, lora, "theirs") == 1
     with pytest.raises(LoraError, match="no layer can be made"):
         formats.from_tensors({f"{module}.hada_w1_b": a}, {}, row.family, config)
 

@@ -221,3 +221,23 @@ def test_what_cannot_be_merged_is_named():
     rng = random.Random(7)
     with pytest.raises(LoraError, match=f"{NAME}: Changes of weights of different shapes"):
         merger("linear", [layer(rng, (12, 9), 2), layer(rng, (12, 8), 2)], [1.0, 1.0]).layer(NAME)
+
+
+def test_a_layer_outside_of_its_files_blocks_is_as_if_it_was_not_there():
+    """It is not what others are freed of, and its rank counts for nothing."""
+    rng = random.Random(11)
+    one, other = layer(rng, (12, 9), 5), layer(rng, (12, 9), 2)
+    chosen = [{NAME: 0.0}, {NAME: 1.0}]
+    found = merger("orthogonal", [one, other], [1.0, 1.0], factors=chosen)
+    torch.testing.assert_close(exact(found.layer(NAME)), exact(other))
+    assert found.rows[NAME].ranks == (None, 2)
+    assert float((exact(merger("orthogonal", [one, other], [0.0, 1.0]).layer(NAME)) - exact(other)).norm()) > 0.1
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "stack"])
+def test_what_is_zero_or_broken(method):
+    one = layer(random.Random(12), (12, 9), 2)
+    zero = LoraLayer(one.down, torch.zeros_like(one.up), 2.0)
+    assert merger(method, [zero, None], [1.0, 1.0]).layer(NAME) is None
+    with pytest.raises(LoraError, match=f"{NAME}: Its values are too large"):
+        merger(method, [one, LoraLayer(one.down, one.up, 1e30)], [1.0, 1.0]).layer(NAME)

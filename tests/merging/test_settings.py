@@ -52,6 +52,21 @@ def test_weights_that_cannot_be(name, weights, number, message):
         Selection(weights=weights).file_weights(bind_method({"name": name}), number)
 
 
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("block_weights", {"unet": -0.5}),
+        ("block_weights", [None, {"unet": -0.5}]),
+        ("gradient", (1.0, -0.5)),
+        ("gradient", [None, (1.0, -0.5)]),
+    ],
+)
+def test_slerp_takes_no_factor_below_0(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting} has -0.5: .* none may be below 0"):
+        Selection(**{setting: value}).file_weights(bind_method({"name": "slerp"}), 2)
+    assert Selection(**{setting: value}).file_weights(bind_method({"name": "linear"}), 2) == [0.5, 0.5]
+
+
 def test_methods_that_cannot_be():
     with pytest.raises(ConfigError, match=r"method.name=slurp is not among .*did you mean slerp"):
         bind_method({"name": "slurp"})

@@ -206,8 +206,8 @@ class LoraFile:
         return {name: lycoris.kind_of(self.sides[module]) for name, module in self.spelled.items()}
 
     def dtype(self, sides: Mapping[str, str]) -> torch.dtype:
-        """In which the factors of one of `sides` are stored. Reads one of them."""
-        return self._tensor(min(key for side, key in sides.items() if side != "alpha")).dtype
+        """In which the factors of one of `sides` are stored; magnitudes are float32 in every file. Reads one of them."""
+        return self._tensor(min(key for side, key in sides.items() if side not in ("alpha", "magnitude", "dora_scale"))).dtype
 
     def layer(self, name: str) -> Layer | None:
         """None if this module is not adapted. Raises LoraError."""
@@ -299,6 +299,8 @@ def _said_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], plain: S
                 alphas[name] = float(components[component] if key is None else said[key])
                 if settings.get(f"{component}.use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)
                     alphas[name] *= math.sqrt(rank)
+                if not math.isfinite(alphas[name]):
+                    raise LoraError(f"Its header's {ADAPTER_METADATA} gives {name} an alpha of {alphas[name]}.")
         return alphas
     except LoraError:
         raise

@@ -62,7 +62,7 @@ class Layer:
     @property
     def is_zero(self) -> bool:
         """Whether the weight is left as it is: then one of the factors is zero."""
-        return self.alpha == 0 or not all(bool(tensor.any()) for tensor in self.tensors().values())
+        return self.scale == 0 or not all(bool(tensor.any()) for tensor in self.tensors().values())
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a weight of this shape can be changed by this layer."""

@@ -16,6 +16,8 @@ from charforgex.lora.state import Layer, LoraLayer
 from charforgex.merging import methods
 from charforgex.merging.settings import TRUNCATED, Method, Size
 
+TOO_LARGE = 1e18  # norm of a change whose squares float32 could not hold
+
 
 @dataclass(frozen=True)
 class Row:
@@ -36,8 +38,11 @@ class Row:
 
 @dataclass
 class Merger:
-    """Makes layers when they are asked for, one at a time. `get(index, name)` reads one of a file; `weights` are the files', `factors` what
-    each file's layers are multiplied by besides; `rows` fills with every layer that is made, and stays without those that come out zero.
+    """Makes layers when they are asked for, one at a time.
+
+    `get(index, name)` reads one of a file; `weights` are the files', `factors` what each file's layers are multiplied by besides, 0 as if
+    the file had no such layer; `names` are all layers, on which an angle between whole adapters is measured. `rows` fills with every
+    layer that is made, and stays without those that come out zero.
     """
 
     method: Method
@@ -45,6 +50,7 @@ class Merger:
     get: Callable[[int, str], Layer | None]
     weights: Sequence[float]
     factors: Sequence[Mapping[str, float]]
+    names: Sequence[str] = ()
     rows: dict[str, Row] = field(default_factory=dict)
 
     def of(self, name: str) -> tuple[float, ...]:
@@ -59,12 +65,17 @@ class Merger:
             raise LoraError(f"{name}: {error}") from error
 
     def _layer(self, name: str) -> LoraLayer | None:
-        weights, layers = self.of(name), [self.get(index, name) for index in range(len(self.weights))]
+        weights = self.of(name)
+        layers = [self.get(index, name) if factors.get(name) else None for index, factors in enumerate(self.factors)]
         changes = [None if layer is None else lowrank.product(layer) for layer in layers]
         live = [index for index, change in enumerate(changes) if change is not None and weights[index] != 0]
         if not live:
             return None
         largest = max(abs(weights[index]) * changes[index].norm() for index in live)
+        if not largest < TOO_LARGE:
+            raise LoraError("Its values are too large to be computed with; this file, or its weight, is broken.")
+        if not largest:
+            return None
         ranks = tuple(None if change is None else change.rank for change in changes)
         wanted = self._rank(max(rank for rank in ranks if rank is not None))
         keep = self._keep(wanted)
@@ -115,8 +126,6 @@ class Merger:
             return methods.slerp(there, known)
         coefficients = [self.whole_coefficients[index] * weights[index] / self.weights[index] for index in live]
         return methods.linear(there, coefficients)
-
-    names: Sequence[str] = ()  # of all layers: what an angle between whole adapters is measured on
 
     @cached_property
     def whole_coefficients(self) -> list[float]:

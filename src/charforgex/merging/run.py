@@ -122,11 +122,10 @@ def _merged(
 
 
 def check_plain(opened: Opened) -> None:
-    """Raises LoraError for files with layers that are no plain LoRA; their keys tell."""
-    words = {"magnitude": "DoRA", "dora_scale": "DoRA", "hada": "LoHa", "lokr": "LoKr"}  # by how a factor's name begins
+    """Raises LoraError for files with layers that are no plain LoRA."""
+    words = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
     for path, file in zip(opened.paths, opened.files, strict=True):
-        names = {side for sides in file.sides.values() for side in sides}
-        kinds = sorted({kind for start, kind in words.items() if any(name.startswith(start) for name in names)})
+        kinds = sorted({words[kind] for kind in file.kinds().values() if kind != "lora"})
         if kinds:
             raise LoraError(
                 f"{path} has layers of {' and '.join(kinds)}, which are no products of two factors and cannot be merged; convert it "

@@ -162,15 +162,28 @@ class Selection:
             raise ConfigError(f"weights={weights} are {len(weights)} for {number} files; give one for each.")
         if not any(weights):
             raise ConfigError(f"weights={weights} leave nothing of any file; one at least must not be 0.")
-        if name == "slerp" and min(weights) < 0:
-            raise ConfigError(
-                f"weights={weights}: a way on the sphere goes from one to the other, so none may be below 0; use method=linear."
-            )
+        if name == "slerp":
+            self._check_none_below_0(weights)
         if name == "slerp" or getattr(method.options, "normalise", False):
             if abs(sum(weights)) < 1e-9:
                 raise ConfigError(f"weights={weights} sum up to 0 and cannot be normalised; say method.normalise=false.")
             weights = [weight / sum(weights) for weight in weights]
         return list(weights)
+
+    def _check_none_below_0(self, weights: list[float]) -> None:
+        tables = self.block_weights if isinstance(self.block_weights, list) else [self.block_weights]
+        gradients = [self.gradient] if isinstance(self.gradient, tuple) else self.gradient or []
+        found = {
+            "weights": weights,
+            "block_weights": [value for table in tables for value in (table or {}).values()],
+            "gradient": [value for ends in gradients for value in ends or ()],
+        }
+        for setting, values in found.items():
+            if min(values, default=0) < 0:
+                raise ConfigError(
+                    f"{setting} has {min(values):g}: a way on the sphere goes from one to the other, so none may be below 0; "
+                    "use method=linear."
+                )
 
     def of_file(self, number: int) -> list[tuple[list[str] | None, dict[str, float], Ends | None]]:
         """For each of `number` files: its blocks (None for all), its block weights, its gradient. Raises ConfigError."""
