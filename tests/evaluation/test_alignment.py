@@ -8,7 +8,7 @@ from PIL import Image
 
 from charforgex.charworld import drawing, models, world
 from charforgex.errors import ModelError
-from charforgex.evaluation.alignment import CharworldFollower, get_follower
+from charforgex.evaluation.alignment import CharworldFollower, clip_score, get_follower
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,12 @@ def test_features_are_unit_vectors(follower):
     assert torch.allclose(features.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
+def test_clip_score_by_hand():
+    seen, read = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]])
+    assert clip_score(seen, read).tolist() == pytest.approx([60, 60, 0])
+    assert clip_score(seen.numpy(), read.numpy()).tolist() == pytest.approx([60, 60, 0])
+
+
 def test_any_clip_of_transformers_scores(tmp_path, follower):
     from transformers import CLIPImageProcessorPil
 
@@ -63,7 +69,7 @@ def test_any_clip_of_transformers_scores(tmp_path, follower):
     scores = clip.score(pictures, captions)
     text = clip.clip.model.text_model(clip.clip.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids)
     expected = torch.nn.functional.cosine_similarity(clip.features(pictures), clip.clip.model.text_projection(text.pooler_output))
-    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+    assert scores == pytest.approx((100 * expected.clamp(min=0)).tolist(), abs=1e-3)
 
 
 def test_a_clip_that_is_not_there_is_named(tmp_path):
