@@ -10,7 +10,7 @@ from charforgex.charworld import drawing, world
 from charforgex.charworld.demo import held_out_character
 from charforgex.embedders import CharworldEmbedder, get_embedder, to_pixels
 from charforgex.errors import ConfigError, ModelError
-from charforgex.evaluation.identity import diversity, nearest, similarity
+from charforgex.evaluation.identity import similarity
 
 
 def unit(*angles):
@@ -21,19 +21,6 @@ def unit(*angles):
 def test_similarity_is_the_mean_cosine_to_the_references():
     pictures, references = unit(0.0, torch.pi / 2), unit(0.0, torch.pi / 3)
     assert similarity(pictures, references).tolist() == pytest.approx([(1 + 0.5) / 2, (0 + 3**0.5 / 2) / 2], abs=1e-6)
-
-
-def test_diversity_by_hand():
-    assert diversity(unit(0.0, 0.0, 0.0)) == pytest.approx(0, abs=1e-6)
-    assert diversity(unit(0.0, torch.pi / 2)) == pytest.approx(1, abs=1e-6)
-    assert diversity(unit(0.0, 0.0, torch.pi)) == pytest.approx((0 + 2 + 2) / 3, abs=1e-6)  # three pairs
-    assert diversity(unit(0.0)) == 0
-
-
-def test_nearest_finds_the_training_picture():
-    values, indices = nearest(unit(0.1, 3.0), unit(0.0, 3.1))
-    assert indices.tolist() == [0, 1]
-    assert values.tolist() == pytest.approx([0.99500, 0.99500], abs=1e-4)
 
 
 def test_pixels_are_in_range_and_of_size():

@@ -142,13 +142,13 @@ class FirstLook:
         for places, align in ((np.flatnonzero(upright), True), (np.flatnonzero(~upright), False)):
             for start in range(0, len(places), 128):
                 block = places[start : start + 128]
-                near[block] = self._least([pairs[place] for place in block], align) <= FIRST_LOOK * self.limit
+                near[block] = self.least([pairs[place] for place in block], align) <= FIRST_LOOK * self.limit
         for place in np.flatnonzero(near).tolist():
             one, other, way = pairs[place]
             found[one][other].append(way)
         return found
 
-    def _least(self, asked: Sequence[tuple[int, int, Way]], align: bool) -> np.ndarray:
+    def least(self, asked: Sequence[tuple[int, int, Way]], align: bool) -> np.ndarray:
         """About the `aligned_difference` of each, over cells of 8 x 8 pixels."""
         first, second, spreads, spans = [], [], [], []
         for one, other, way in asked:

@@ -38,7 +38,8 @@ def checked_pair(pictures_ND: np.ndarray, references_MD: np.ndarray, at_least: i
         raise DataError(f"Vectors of {widths[0]} numbers cannot be compared with references of {widths[1]}; embed both by the same model.")
 
 
-def _blocks(vectors_ND: np.ndarray, size: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
+def in_blocks(vectors_ND: np.ndarray, size: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
+    """Where a block is, and its vectors in float64."""
     for start in range(0, len(vectors_ND), size):
         block = slice(start, min(start + size, len(vectors_ND)))
         yield block, np.asarray(vectors_ND[block], np.float64)
@@ -59,12 +60,12 @@ def moments(vectors_ND: np.ndarray) -> Moments:
     """Of at least two vectors. Where N > D, the triangular factor of a QR decomposition that is updated block by block: memory does not
     grow with N, and small variances keep all their digits, which a covariance matrix squares away."""
     count, width = vectors_ND.shape
-    mean = sum(block.sum(axis=0) for _, block in _blocks(vectors_ND)) / count
+    mean = sum(block.sum(axis=0) for _, block in in_blocks(vectors_ND)) / count
     if count <= width:
         factor = np.asarray(vectors_ND, np.float64) - mean
     else:
         factor = np.zeros((0, width))
-        for _, block in _blocks(vectors_ND, max(BLOCK, width)):
+        for _, block in in_blocks(vectors_ND, max(BLOCK, width)):
             factor = np.linalg.qr(np.concatenate([factor, block - mean]), mode="r")
     return Moments(mean, factor / math.sqrt(count - 1))
 
@@ -129,23 +130,23 @@ def mean_over_pairs(sums_GG: np.ndarray, counts_G: np.ndarray, weights_KG: np.nd
 def kernel_sums(
     pictures_ND: np.ndarray, references_MD: np.ndarray, groups_N: np.ndarray | None = None, gamma: float | None = None
 ) -> KernelSums:
-    """Of the kernel (gamma x.y + 1)^3, over all pairs. `groups_N` counts from 0; None is one group. `gamma`: None is 1 / D, as in the paper,
-    whose vectors are about as long as the root of D; unit vectors want 1. Raises DataError."""
+    """Of the kernel (gamma x.y + 1)^3, over all pairs. `groups_N` counts from 0; None is one group. `gamma`: None is 1 / D, as in the
+    paper, whose vectors are about as long as the root of D; unit vectors want 1. Raises DataError."""
     checked_pair(pictures_ND, references_MD, 2)
     gamma = 1 / pictures_ND.shape[1] if gamma is None else gamma
     groups = np.zeros(len(pictures_ND), np.int64) if groups_N is None else groups_N
     counts = np.bincount(groups)
     within, across, references = np.zeros((len(counts), len(counts))), np.zeros(len(counts)), 0.0
-    for rows, left in _blocks(pictures_ND):
-        for columns, right in _blocks(pictures_ND):
+    for rows, left in in_blocks(pictures_ND):
+        for columns, right in in_blocks(pictures_ND):
             tile = _cubic(left, right, gamma)
             if rows == columns:
                 np.fill_diagonal(tile, 0.0)
-            within += _by_group(_by_group(tile, groups[rows], len(counts)).T, groups[columns], len(counts)).T
-        for _, right in _blocks(references_MD):
-            across += _by_group(_cubic(left, right, gamma).sum(axis=1)[:, None], groups[rows], len(counts))[:, 0]
-    for rows, left in _blocks(references_MD):
-        for columns, right in _blocks(references_MD):
+            within += by_group(by_group(tile, groups[rows], len(counts)).T, groups[columns], len(counts)).T
+        for _, right in in_blocks(references_MD):
+            across += by_group(_cubic(left, right, gamma).sum(axis=1)[:, None], groups[rows], len(counts))[:, 0]
+    for rows, left in in_blocks(references_MD):
+        for columns, right in in_blocks(references_MD):
             tile = _cubic(left, right, gamma)
             references += tile.sum() - (np.trace(tile) if rows == columns else 0.0)
     number = len(references_MD)
@@ -156,7 +157,7 @@ def _cubic(left: np.ndarray, right: np.ndarray, gamma: float) -> np.ndarray:
     return (gamma * (left @ right.T) + 1) ** 3
 
 
-def _by_group(rows: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+def by_group(rows: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     """(R, C) to (G, C): the sum of each group's rows."""
     order = np.argsort(groups, kind="stable")
     present, first = np.unique(groups[order], return_index=True)
@@ -194,8 +195,8 @@ def manifold(pictures_ND: np.ndarray, references_MD: np.ndarray, k: int) -> Mani
     around, reach = _reach(pictures_ND, k, middle), _reach(references_MD, k, middle)
     counts = np.zeros(len(pictures_ND), np.int64)
     recalled, nearest = np.zeros(len(references_MD), bool), np.full(len(references_MD), np.inf)
-    for rows, left in _blocks(pictures_ND):
-        for columns, right in _blocks(references_MD):
+    for rows, left in in_blocks(pictures_ND):
+        for columns, right in in_blocks(references_MD):
             tile = _squared(left - middle, right - middle)
             counts[rows] += (tile <= reach[columns]).sum(axis=1)
             recalled[columns] |= (tile <= around[rows][:, None]).any(axis=0)
@@ -210,10 +211,10 @@ def _squared(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _reach(vectors_ND: np.ndarray, k: int, middle: np.ndarray) -> np.ndarray:
     """Squared distance to the k-th nearest of the others, and a little, so that what lies on the edge does so in any order of sums."""
     found = np.zeros(len(vectors_ND))
-    for rows, left in _blocks(vectors_ND):
+    for rows, left in in_blocks(vectors_ND):
         left = left - middle
         best = np.full((len(left), k), np.inf)
-        for columns, right in _blocks(vectors_ND):
+        for columns, right in in_blocks(vectors_ND):
             tile = _squared(left, right - middle)
             if rows == columns:
                 np.fill_diagonal(tile, np.inf)

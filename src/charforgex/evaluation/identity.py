@@ -1,4 +1,4 @@
-"""Numbers made from embedders' vectors: how alike, who of several, how varied, how near to a training picture."""
+"""Numbers made from embedders' vectors: how alike, who of several."""
 
 from __future__ import annotations
 
@@ -39,18 +39,3 @@ def mix_up(likeness_FP: np.ndarray, asked: Sequence[int]) -> tuple[int, int]:
     wanted = np.zeros_like(shown)
     wanted[list(asked)] = 1
     return int(np.maximum(shown - wanted, 0).sum()), int(np.maximum(wanted - shown, 0).sum())
-
-
-def diversity(features_ND: Tensor) -> float:
-    """Mean cosine distance between different pictures, in [0, 2]: 0 means that all are the same."""
-    n = len(features_ND)
-    if n < 2:
-        return 0.0
-    cosines = features_ND @ features_ND.T
-    return float(1 - (cosines.sum() - cosines.trace()) / (n * (n - 1)))
-
-
-def nearest(features_ND: Tensor, training_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine to, and index of, each picture's nearest training picture: near 1 means that it was learnt by heart."""
-    best = (features_ND @ training_MD.T).max(1)
-    return best.values, best.indices

@@ -19,7 +19,9 @@ from charforgex.draws import seed_of
 from charforgex.embedders import Embedder
 from charforgex.evaluation import choosing, levels
 from charforgex.evaluation.alignment import Follower
-from charforgex.evaluation.identity import diversity, nearest, similarity
+from charforgex.evaluation.identity import similarity
+from charforgex.evaluation.memory import nearest
+from charforgex.evaluation.variety import diversity
 from charforgex.families.base import Family
 from charforgex.generation.sampling import sample
 from charforgex.generation.settings import SamplingSettings

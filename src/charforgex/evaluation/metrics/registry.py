@@ -24,6 +24,12 @@ METRICS: dict[str, str] = {  # name -> "module:Class"
     "tone": "charforgex.evaluation.metrics.tone:Tone",
     "sharpness": "charforgex.evaluation.metrics.sharpness:Sharpness",
     "artefacts": "charforgex.evaluation.metrics.artefacts:Artefacts",
+    "fid": "charforgex.evaluation.metrics.fid:Fid",
+    "kid": "charforgex.evaluation.metrics.kid:Kid",
+    "manifold": "charforgex.evaluation.metrics.manifold:ManifoldMetric",
+    "vendi": "charforgex.evaluation.metrics.vendi:Vendi",
+    "pairwise": "charforgex.evaluation.metrics.pairwise:Pairwise",
+    "memorisation": "charforgex.evaluation.metrics.memorisation:Memorisation",
 }
 
 
