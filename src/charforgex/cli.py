@@ -25,7 +25,9 @@ COMMANDS = {
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
     "merge": ("charforgex.merging.run:merge", "several LoRAs to one, without a base model"),
+    "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
+FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes")}  # what may stand alone on the command line, and its setting
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
     "bake": ("charforgex.toolbox.baking:bake", "into a base model for good: a diffusers folder or a single file"),
     "inspect": ("charforgex.toolbox.inspecting:inspect", "what a file is, says of itself, and what is wrong with it"),
@@ -87,13 +89,13 @@ def _tool(arguments: Sequence[str]) -> None:
     run(f"lora_{tool}", with_files(arguments[1:]))
 
 
-def with_files(arguments: Sequence[str]) -> list[str]:
-    """Files that stand alone on the command line as the setting `lora`, and `--dry-run` as `dry_run=true`."""
+def with_files(arguments: Sequence[str], suffix: str = ".safetensors", setting: str = "lora") -> list[str]:
+    """Files that stand alone on the command line as a setting, and `--dry-run` as `dry_run=true`."""
     from charforgex.overrides import written
 
-    files = [argument for argument in arguments if argument.endswith(".safetensors") and "=" not in argument and argument[:1] != "-"]
+    files = [argument for argument in arguments if argument.endswith(suffix) and "=" not in argument and argument[:1] != "-"]
     rest = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments if argument not in files]
-    return ([f"lora={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
+    return ([f"{setting}={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
 
 
 def settings_first(arguments: Sequence[str]) -> list[str]:
@@ -108,7 +110,8 @@ def run(command: str, arguments: Sequence[str] | None = None, root: Path | None 
     entry, _ = COMMANDS[command] if command in COMMANDS else TOOLS[command.removeprefix("lora_")]
     name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command.replace('lora_', 'lora ')}"
     arguments = quote_texts(sys.argv[1:] if arguments is None else arguments)
-    arguments = with_files(arguments) if command == "merge" else arguments
+    if command in FILES:
+        arguments = with_files(arguments, *FILES[command])
     folder = root / "conf" if root and (root / "conf").is_dir() else None
     raise SystemExit(guarded(entry, command, arguments, name, folder))
 
