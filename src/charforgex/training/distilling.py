@@ -80,7 +80,7 @@ def distill(cfg: Any) -> dict[str, Any]:
 
     from charforgex.generation.stack import read_stack
     from charforgex.quiet import quiet
-    from charforgex.training.student import distilled, sketched
+    from charforgex.training.distilled import distilled, sketched
 
     with quiet():
         stack = read_stack(
