@@ -162,6 +162,15 @@ def test_what_is_no_plain_lora_is_refused_with_the_way_out(make):
     assert not Path("c.safetensors").exists()
 
 
+def test_a_file_of_a_text_encoder_alone_is_for_the_base_that_is_named(make):
+    text = make("text", base="sdxl_base", choose=lambda name: name.startswith("text_encoder.") and "layers.0.self_attn.q" in name)[0]
+    flux = make("flux", base="flux_dev", choose=lambda name: name == "transformer.transformer_blocks.0.attn.to_q")[0]
+    with pytest.raises(LoraError, match=r"different families: text.safetensors for sdxl, flux.safetensors for flux.*say base="):
+        charforgex.merge(lora=[text, flux], out="c.safetensors")
+    made = charforgex.merge(lora=[text, flux], base="flux_dev", out="c.safetensors")
+    assert made["base"] == "flux_dev" and sorted(read("c.safetensors", "flux_dev").components()) == ["text_encoder", "transformer"]
+
+
 def test_what_cannot_be_is_told_before_anything_is_written(make):
     first, _ = make("a")
     second, _ = make("b", base="charworld_sd3")

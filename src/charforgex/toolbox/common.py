@@ -157,7 +157,7 @@ def opened_loras(inputs: Inputs) -> Iterator[Opened]:
     families = {base.family for base in found}
     if len(families) > 1:
         said = ", ".join(f"{path.name} for {base.family}" for path, base in zip(paths, found, strict=True))
-        raise LoraError(f"The LoRAs are for different families: {said}.")
+        raise LoraError(f"The LoRAs are for different families: {said}. A text encoder's layers alone fit several: then say base=<name>.")
     with ExitStack() as stack:
         base = max(found, key=lambda one: len(one.shapes))  # sizes of one family that share names: the one with all the layers
         files = [stack.enter_context(open_lora(path, base.names)) for path in paths]
@@ -284,4 +284,4 @@ def say(console: Console, *lines: str) -> None:
 
 def written(told: Mapping[str, Any]) -> str:
     """The last line of what a tool says."""
-    return f"Wrote {told['out']}." if told["out"] else "Nothing is written: dry_run=true."
+    return f"Wrote {told['out']}." if told.get("out") else "Nothing is written: dry_run=true."
