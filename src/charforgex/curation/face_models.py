@@ -17,7 +17,7 @@ from charforgex.errors import ModelError
 from charforgex.onnx_nets import OnnxNet
 
 STRIDES = (8, 16, 32)
-SETTING = "curation.faces.model"
+SETTING = "faces.model"
 LEAST = 0.05  # scores below are not looked at: a face of that is none
 
 
@@ -48,13 +48,13 @@ class YuNet:
 
     def __init__(self, path: str):
         if not Path(path).expanduser().is_file():
-            raise ModelError(f"curation.faces.model={path} is not a file; give YuNet's .onnx file.")
+            raise ModelError(f"faces.model={path} is not a file; give YuNet's .onnx file.")
         try:
             self.net = cv2.FaceDetectorYN.create(str(Path(path).expanduser()), "", (self.side, self.side), LEAST, 0.4, 1000)
             self.net.detect(np.zeros((self.side, self.side, 3), np.uint8))
         except cv2.error as error:
             raise ModelError(
-                f"curation.faces.model={path} is not a YuNet that OpenCV runs ({str(error).strip().splitlines()[-1]}); "
+                f"faces.model={path} is not a YuNet that OpenCV runs ({str(error).strip().splitlines()[-1]}); "
                 f"face_detection_yunet_2023mar.onnx is one."
             ) from error
 
@@ -89,7 +89,7 @@ class Scrfd:
         for width, parts in by_width.items():
             if [len(part) for part in parts] != anchors and not (width == 10 and not parts):
                 raise ModelError(
-                    f"curation.faces.model={path} is no SCRFD: of its outputs those of width {width} have {[len(part) for part in parts]} "
+                    f"faces.model={path} is no SCRFD: of its outputs those of width {width} have {[len(part) for part in parts]} "
                     f"rows, and {anchors} are needed at {self.side} px; choose the detector that the file is of."
                 )
         return by_width
@@ -140,7 +140,7 @@ class RetinaFace:
         shapes = {width: len(output) for width, output in by_width.items()}
         if shapes != dict.fromkeys((2, 4, 10), len(self.priors)):
             raise ModelError(
-                f"curation.faces.model={path} is no RetinaFace: its outputs are {[o.shape for o in found]}, and three with "
+                f"faces.model={path} is no RetinaFace: its outputs are {[o.shape for o in found]}, and three with "
                 f"{len(self.priors)} rows and widths 4, 2 and 10 are needed at {self.side} px; choose the detector that the file is of."
             )
         return by_width
@@ -172,11 +172,11 @@ class TransformersDetector:
             self.processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
             self.model = AutoModelForObjectDetection.from_pretrained(source, use_safetensors=True).eval()
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"curation.faces.model={source} cannot be loaded as an object detector: {error}") from error
+            raise ModelError(f"faces.model={source} cannot be loaded as an object detector: {error}") from error
         labels = self.model.config.id2label
         self.labels = [number for number, name in labels.items() if name.lower() == label.lower()]
         if not self.labels:
-            raise ModelError(f"curation.faces.label={label} is not among the labels of {source}: {', '.join(known(labels.values()))}.")
+            raise ModelError(f"faces.label={label} is not among the labels of {source}: {', '.join(known(labels.values()))}.")
 
     def detect(self, picture: np.ndarray) -> list[Face]:
         import torch

@@ -35,15 +35,15 @@ class FaceSettings:
         embedded = self.detector in ("auto", "charworld", "haar")
         if embedded and self.model is not None:
             raise ConfigError(
-                f"curation.faces.model={self.model} has no use with detector={self.detector}, whose weights are here already; "
+                f"faces.model={self.model} has no use with detector={self.detector}, whose weights are here already; "
                 f"leave it null, or choose yunet, scrfd, retinaface or transformers."
             )
         if not embedded and self.model is None:
             kind = "folder or hub id of a detector" if self.detector == "transformers" else "path of an .onnx file"
-            raise ConfigError(f"curation.faces.detector={self.detector} needs weights of yours: set curation.faces.model to the {kind}.")
+            raise ConfigError(f"faces.detector={self.detector} needs weights of yours: set faces.model to the {kind}.")
         if (self.label is not None) != (self.detector == "transformers"):
             raise ConfigError(
-                f"curation.faces.label={self.label} names what detector=transformers shall look for, such as face; "
+                f"faces.label={self.label} names what detector=transformers shall look for, such as face; "
                 f"it is needed there and has no use elsewhere."
             )
 
