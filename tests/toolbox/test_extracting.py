@@ -149,6 +149,14 @@ def test_what_no_lora_can_hold_is_told(home, tuned_by, tmp_path):
     assert any(name.startswith("text_encoder.") for name in told["beside"]["only_in_tuned"])
 
 
+def test_a_format_of_few_modules_holds_a_change_of_those_alone(home, tuned_by, tmp_path):
+    config = {"base": str(home("flux") / "base.safetensors"), "out": str(tmp_path / "out.safetensors"), "rank": 4, "format": "xlabs"}
+    assert extract(config | {"tuned": tuned_by(moved)})["layers"] == 3
+    tuned = tuned_by(lambda key, tensor: tensor * 1.1 if key.endswith("img_in.weight") else moved(key, tensor))
+    with pytest.raises(LoraError, match=r"1 of \d+ layers have no place in the format xlabs, but in .*: transformer\.x_embedder"):
+        extract(config | {"tuned": tuned, "overwrite": True})
+
+
 def test_rounding_alone_is_no_change(home, tuned_by, tmp_path):
     """A checkpoint that was only saved in fewer bits; and one that was also trained, in the layers that were."""
     base = str(home("flux") / "base.safetensors")
@@ -227,6 +235,9 @@ def test_what_cannot_be_is_refused(home, tuned_by, tmp_path):
         extract(config | {"out": None})
     with pytest.raises(ConfigError, match="one of the inputs"):
         extract(config | {"tuned": str(here / "tuned.safetensors"), "out": str(here / "tuned.safetensors"), "overwrite": True})
+    weights = here / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        extract(config | {"out": str(weights), "overwrite": True})
     with pytest.raises(LoraError, match="no LoRA format nonsense"):
         extract(config | {"format": "nonsense"})
     with pytest.raises(ModelError, match=r"is a LoRA: it is not a base model"):

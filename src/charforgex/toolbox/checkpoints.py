@@ -69,9 +69,12 @@ class Part:
     def raw(self, place: Original) -> bytearray:
         """The bytes of our tensor as they are stored."""
         start, end = self.span(place)
+        data = bytearray(end - start)
         with self.path.open("rb") as file:
             file.seek(start)
-            return bytearray(file.read(end - start))
+            if file.readinto(data) != len(data):
+                raise ModelError(f"{self.path} ends within {place.key}: it has become shorter.")
+        return data
 
     def dtype(self, place: Original) -> torch.dtype:
         name = self.header.dtypes[place.key]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from charforgex.config import bind
 from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import write_json
-from charforgex.toolbox.common import Inputs, Opened, Outputs, as_lora, counted, lineage, opened_loras, progress, save, say
+from charforgex.toolbox.common import Inputs, Opened, Outputs, as_lora, counted, lineage, opened_loras, progress, save, say, written
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,7 +73,7 @@ def decompose(cfg: DictConfig) -> dict[str, Any]:
                 with counted(get, chosen) as counting:
                     result |= save(opened, settings, counting, chosen, meta)
                 write_json(f"{settings.out}.json", result)
-    show(result, Console())
+    show(result, settings, Console())
     return result
 
 
@@ -142,17 +142,16 @@ def directions(spectra: Mapping[str, Sequence[float]], wanted: Wanted) -> dict[s
     }  # fmt: skip
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
+def show(result: Mapping[str, Any], settings: DecomposeSettings, console: Console) -> None:
     from rich.table import Table
 
-    rows = result["directions"]
+    rows, chosen = result["directions"], settings.keep is not None
     table = Table(title=f"The strongest of {len(rows)} directions, for {result['base']}")
-    for head, justify in (("layer", "left"), ("index", "right"), ("value", "right"), ("energy", "right"), ("kept", "left")):
-        table.add_column(head, justify=justify, overflow="fold")
+    for head in ("layer", "index", "value", "energy", *(["kept"] if chosen else [])):
+        table.add_column(head, justify="left" if head in ("layer", "kept") else "right", overflow="fold")
     for row in rows[:SHOWN]:
-        table.add_row(row["layer"], str(row["index"]), f"{row['value']:.4g}", f"{100 * row['share']:.2g} %", "yes" if row["kept"] else "")
+        kept = [("yes" if row["kept"] else "")] if chosen else []
+        table.add_row(row["layer"], str(row["index"]), f"{row['value']:.4g}", f"{100 * row['share']:.2g} %", *kept)
     console.print(table)
-    if "out" in result:
-        told = f"{result['layers']} layers, {result['bytes_before']:,} to {result['bytes']:,} bytes"
-        say(console, f"{result['out']}: {told}")
-    say(console, f"{result['kept']} of {len(rows)} directions kept, {100 * result['energy']:.1f} % of the energy.")
+    if chosen:
+        say(console, f"{result['kept']} of {len(rows)} directions kept, {100 * result['energy']:.1f} % of the energy.", written(result))

@@ -21,7 +21,7 @@ from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
 from charforgex.runs import write_json
 from charforgex.toolbox.analyzing import inputs_of
-from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, save, say
+from charforgex.toolbox.common import Inputs, Opened, Outputs, lineage, opened_loras, save, say, written
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -97,7 +97,10 @@ def words(cfg: DictConfig) -> dict[str, Any]:
             meta = lineage(opened, "words", {"slider": sliding, "layers": settings.layers})
             result |= save(opened, settings, lambda name: along(products[name], axes), names, meta)
             write_json(f"{settings.out}.json", result)
-    show(result, Console())
+    console = Console()
+    show(result, console)
+    if sliding:
+        say(console, written(result))
     return result
 
 
@@ -319,5 +322,3 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     usual = result["usual"]
     said = f"Random directions reach a cosine of {usual['noise']:.2f} with some word, random mixtures of words {usual['mixtures']:.2f}."
     say(console, said)
-    if "out" in result:
-        say(console, f"{result['out']}: {result['layers']} layers, {result['bytes']:,} bytes")

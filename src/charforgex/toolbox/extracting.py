@@ -124,9 +124,14 @@ def common_modules(base: Weights, tuned: Weights) -> list[str]:
 
 
 def _with_places(extraction: Extraction, names: list[str]) -> list[str]:
-    """Without modules that have no place in the format and do not differ. One that does is an error of the writer."""
-    places = extraction.base.base.names.places(extraction.settings.format)
-    return [name for name in names if name in places or extraction.difference(name) is not None]
+    """Without modules that have no place in the format and do not differ. Raises LoraError for one that does."""
+    from charforgex.lora.writing import check_places
+
+    format, spelled = extraction.settings.format, extraction.base.base.names
+    places = spelled.places(format)
+    kept = [name for name in progress(names, "compare") if name in places or extraction.difference(name) is not None]
+    check_places(kept, format, spelled)
+    return kept
 
 
 class Extraction:
@@ -204,9 +209,11 @@ def decomposed(change: Tensor, most: int | None, budget: float | None, key: str)
 def difference(base: tuple[Part, Original], tuned: tuple[Part, Original]) -> Tensor | None:
     """tuned - base in float32. None if they are equal, or are so in the coarser of their dtypes: then one was rounded to the other."""
     one, other = base[0].read(base[1]), tuned[0].read(tuned[1])
-    if (one.to(other.dtype).float() == other.float()).all() or (other.to(one.dtype).float() == one.float()).all():
+    pairs = [(one.to(other.dtype), other), (other.to(one.dtype), one)] if one.dtype != other.dtype else []
+    if any((rounded.float() == as_it_is.float()).all() for rounded, as_it_is in pairs):
         return None
-    return other.float() - one.float()
+    change = other.float() - one.float()
+    return change if change.any() else None
 
 
 # ---- what a LoRA cannot hold ----
