@@ -7,7 +7,7 @@ from charforgex.errors import DataError
 from charforgex.evaluation.metrics.manifold import ManifoldMetric
 from tests.evaluation.metrics.sets import case, circle, gallery
 
-STEPS = np.arange(4) * 0.01
+STEPS = np.array([0, 0.01, 0.021, 0.033])  # each is nearest to the one before it
 
 
 def test_pictures_of_one_of_two_scenes_cover_half():
@@ -15,8 +15,8 @@ def test_pictures_of_one_of_two_scenes_cover_half():
     references = circle(*STEPS, *(1.5 + STEPS))
     value = ManifoldMetric(k=1)(gallery(circle(*STEPS, 3.0, 3.01)), case(references))
     assert value.parts == {"precision": 4 / 6, "recall": 0.5, "coverage": 0.5}
-    # each ball reaches one step: the ends of the heap lie in two of them, the middle in three, strangers in none
-    assert value.rows.tolist() == [2, 3, 3, 2, 0, 0] and value.estimate == pytest.approx(10 / 6)
+    # balls hold their middle and the one before it, that of the first step the second
+    assert value.rows.tolist() == [2, 3, 2, 1, 0, 0] and value.estimate == pytest.approx(8 / 6)
 
 
 def test_pictures_like_the_references_have_density_one():

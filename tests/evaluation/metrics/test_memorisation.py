@@ -45,17 +45,15 @@ def test_planted_copies_are_found_and_named(case):
     assert value.rows[planted].sum() == COPIES
     assert value.rows[~planted].sum() <= 5, "1 in 20 is promised at most"
     assert value.estimate == value.rows.mean() and value.low < value.estimate < value.high
-    assert 8 < value.parts["limit"] and 0.9 < value.parts["nearest"] <= 1 and value.parts["false_alarms"] <= 0.05
-    assert (
-        "59 different real pictures promise false alarms of 3.3% at most" in value.notes[0] or "more are copies of others" in value.notes[0]
-    )
+    assert value.parts["limit"] > 8 and value.parts["false_alarms"] == 3 / 60
+    assert "59 different real pictures promise false alarms of 5.0% at most" in value.notes[0]
     assert len(value.notes) == 6 and " is training picture " in value.notes[1]
 
 
 def test_training_pictures_are_copies_and_held_out_ones_are_not(case):
     metric = Memorisation(false_alarms=0.05)
     assert metric(case.training, case).estimate == 1
-    assert metric(case.references, case).estimate <= 1 / HELD_OUT
+    assert metric(case.references, case).rows.sum() <= 2, "of the 59 that the limit is learnt from, two are below it"
 
 
 def test_a_rate_that_needs_more_pictures_is_told(case):
