@@ -226,8 +226,8 @@ hair colour) pairs are kept out of all pre-training, and so are they.
 
 ## The bases on {next(iter(found.values()))["base"]["prompts"]} held-out prompts
 
-Read by the embedded judge (share right of what the prompt names) and scored by the embedded CLIP (100 max(cosine, 0)). *Real*: renders of what the
-prompts describe, the ceiling. *Shuffled*: pictures against other prompts, the floor. A picture takes: {costs}.
+Read by the embedded judge (share right of what the prompt names) and scored by the embedded CLIP (100 max(cosine, 0)).
+*Real*: renders of what the prompts describe, the ceiling. *Shuffled*: pictures against other prompts, the floor. A picture takes: {costs}.
 
 {bases(found)}
 
