@@ -10,11 +10,15 @@ resize_vs_full_svd   `charforgex lora resize` from rank 16 to 8, reading and wri
                      against  torch.linalg.svd of the dense changes
 extract_vs_full_svd  the core of `charforgex lora extract` at rank 16 on dense changes  against  torch.linalg.svd of them
 merge_error          of the same merge in float32: how much further from the sum it is than the best of rank 16, as a share
-merge_vs_kohya, resize_vs_kohya    as the first two, against merge_lora_models and resize_lora_model of --kohya's networks/
+ties_vs_peft_ties_svd, dare_vs_peft_dare_svd    SDXL alone: `charforgex merge` of the three to rank 16 by method=ties and dare_linear
+                     against  peft's combination_type="ties_svd" and "dare_linear_svd"
+ties_error           how much further from what method=ties makes of a shape it is than the best of rank 16, as a share; of the worst shape
+merge_vs_kohya, resize_vs_kohya    SDXL alone: as the first two, against merge_lora_models and resize_lora_model of --kohya's networks/
 
 Theirs would take from half an hour to hours a file, so each is measured once for every distinct shape, and multiplied by how many modules
 have it; so is the core of extract, on both sides. peft decomposes with full_matrices=True, its default, for SDXL, and False for Flux, where
-the default would take minutes a module; torch.linalg.svd always with False. --quick: SDXL alone, in the embedded base's small shapes.
+the default would take minutes a module; torch.linalg.svd always with False. Ours of ties and dare runs once, on the whole files.
+--quick: SDXL alone, in the embedded base's small shapes.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where a test loads this file
@@ -43,9 +48,10 @@ from step_sides import peak_bytes
 
 GOALS = {
     "merge_vs_peft_svd": 0.005, "resize_vs_full_svd": 0.002, "extract_vs_full_svd": 1.0, "merge_error": 1e-5,
-    "merge_vs_kohya": 0.005, "resize_vs_kohya": 0.002,
+    "ties_vs_peft_ties_svd": 0.25, "dare_vs_peft_dare_svd": 0.25, "ties_error": 1e-5, "merge_vs_kohya": 0.005, "resize_vs_kohya": 0.002,
 }  # fmt: skip
 RANK, SMALL_RANK, FILES, ROUNDS = 16, 8, 3, 3
+DENSITY = 0.5  # of ties and dare, as conf/method has it
 MIB = 1 << 20
 Shape = tuple[int, ...]
 
@@ -60,8 +66,14 @@ class Setup:
     kohya: str | None = None
 
     @property
+    def family(self) -> str:
+        return "sdxl" if "sdxl" in self.base else "flux"
+
+    @property
     def format(self) -> str:
-        return "kohya" if "sdxl" in self.base else "diffusers"  # Flux's has queries, keys and values apart: as many modules as are trained
+        return (
+            "kohya" if self.family == "sdxl" else "diffusers"
+        )  # Flux's has queries, keys and values apart: as many modules as are trained
 
     def path(self, number: int) -> Path:
         return Path(self.folder) / f"{number}.safetensors"
@@ -138,12 +150,12 @@ def by_shape(setup: Setup, prepare: Callable[[Shape], Callable[[], object]]) -> 
     return {"x".join(map(str, shape)): clocked(prepare(shape)) for shape in setup.counts()}
 
 
-def merge(setup: Setup, dtype: str = "float16", out: str = "merged") -> dict[str, float]:
+def merge(setup: Setup, dtype: str = "float16", out: str = "merged", method: str = "linear") -> dict[str, float]:
     from charforgex.config import compose
     from charforgex.merging.run import merge as run
 
     files = ",".join(str(setup.path(number)) for number in range(FILES))
-    settings = [f"lora=[{files}]", f"weights={[1] * FILES}", f"rank={RANK}", f"dtype={dtype}", "overwrite=true"]
+    settings = [f"lora=[{files}]", f"weights={[1] * FILES}", f"rank={RANK}", f"dtype={dtype}", "overwrite=true", f"method={method}"]
     cfg = compose("merge", [*settings, f"out={setup.folder}/{out}.safetensors"])
     return {"whole": clocked(lambda: run(cfg))}
 
@@ -176,7 +188,7 @@ def extract(setup: Setup) -> dict[str, float]:
     return by_shape(setup, prepare)
 
 
-def peft_merge(setup: Setup) -> dict[str, float]:
+def peft_merge(setup: Setup, combination_type: str = "svd", **settings: float) -> dict[str, float]:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -194,7 +206,7 @@ def peft_merge(setup: Setup) -> dict[str, float]:
                 layer = random_layer((out, inner), f"{number} {shape}")
                 model.base_model.model.layer.lora_A[name].weight.copy_(layer.down)
                 model.base_model.model.layer.lora_B[name].weight.copy_(layer.up)
-        options = {"combination_type": "svd", "svd_rank": RANK, "svd_full_matrices": setup.full_matrices}
+        options = {"combination_type": combination_type, "svd_rank": RANK, "svd_full_matrices": setup.full_matrices, **settings}
         return lambda: model.add_weighted_adapter(names, [1.0] * FILES, "merged", **options)
 
     return by_shape(setup, prepare)
@@ -232,15 +244,19 @@ def kohya_resize(setup: Setup) -> dict[str, float]:
     module = kohya_module(setup, "resize_lora")
 
     def prepare(shape: Shape):
-        tensors = load_file(kohya_file(setup, shape, 0))
+        tensors = {key: tensor.float() for key, tensor in load_file(kohya_file(setup, shape, 0)).items()}  # as its load_state_dict has them
         return lambda: module.resize_lora_model(tensors, SMALL_RANK, SMALL_RANK, torch.float16, "cpu", None, None, False)
 
     return by_shape(setup, prepare)
 
 
 def kohya_module(setup: Setup, name: str):
+    """One of its scripts. What they import for training and for metadata needs torchvision and more, and is never called here."""
     import importlib
+    from unittest.mock import MagicMock
 
+    for other in ("library.utils", "library.train_util", "library.model_util", "library.sai_model_spec", "lora"):
+        sys.modules[other] = MagicMock()
     sys.path[:0] = [setup.kohya, f"{setup.kohya}/networks"]
     return importlib.import_module(name)
 
@@ -260,6 +276,9 @@ def kohya_file(setup: Setup, shape: Shape, number: int) -> Path:
 JOBS = {
     "merge": merge, "resize": resize, "extract": extract, "peft_merge": peft_merge,
     "svd_resize": full_svd(lambda shape: random_layer(shape, shape).delta().flatten(1)), "svd_extract": full_svd(dense_change),
+    "ties": partial(merge, method="ties", out="ties"), "dare": partial(merge, method="dare_linear", out="dare"),
+    "peft_ties": partial(peft_merge, combination_type="ties_svd", density=DENSITY),
+    "peft_dare": partial(peft_merge, combination_type="dare_linear_svd", density=DENSITY),
     "kohya_merge": kohya_merge, "kohya_resize": kohya_resize,
 }  # fmt: skip
 
@@ -310,6 +329,25 @@ def merge_error(setup: Setup) -> float:
     return mine / best - 1
 
 
+def ties_error(setup: Setup) -> float:
+    """Of the distance between what method=ties makes and what is kept of it, over the least for that rank, the largest share above 1."""
+    import torch
+
+    from charforgex.lora import lowrank
+    from charforgex.merging import methods
+
+    worst = 0.0
+    for shape in setup.counts():
+        changes = [random_layer(shape, f"{number} {shape}").delta().flatten(1) for number in range(FILES)]
+        made = methods.ties(changes, [1.0] * FILES, DENSITY)
+        kept = lowrank.dense_spectrum(made, RANK).truncated(RANK).dense().double()
+        exact = made.double()
+        gram = exact.T @ exact if exact.shape[0] > exact.shape[1] else exact @ exact.T
+        best = math.sqrt(float(torch.linalg.eigvalsh(gram)[:-RANK].clamp(min=0).sum()))
+        worst = max(worst, float((kept - exact).norm()) / best - 1)
+    return worst
+
+
 def smaller(setup: Setup) -> dict[str, dict[str, float]]:
     """What a file of random factors weighs in each kind of codes, as a share of float16, and the relative error of its changes."""
     from charforgex.toolbox.quantizing import quantize
@@ -328,6 +366,7 @@ def measure(setup: Setup, rounds: int) -> tuple[dict[str, float], dict[str, dict
     make_files(setup)
     ours = {"merge": [], "resize": [], "extract": []}
     theirs = {"merge": ["peft_merge"], "resize": ["svd_resize"], "extract": ["svd_extract"]}
+    dense = {"ties": "peft_ties", "dare": "peft_dare"} if setup.family == "sdxl" else {}
     if setup.kohya:
         theirs["merge"].append("kohya_merge")
         theirs["resize"].append("kohya_resize")
@@ -337,6 +376,7 @@ def measure(setup: Setup, rounds: int) -> tuple[dict[str, float], dict[str, dict
             found.append(run_job(name, setup))
         if number == 0:
             table = {name: run_job(name, setup) for names in theirs.values() for name in names}
+            table |= {name: run_job(name, setup) for pair in dense.items() for name in pair}
     for name, found in ours.items():
         table[name] = found[0] | {
             "cpu_seconds": statistics.median(one["cpu_seconds"] for one in found),
@@ -346,9 +386,12 @@ def measure(setup: Setup, rounds: int) -> tuple[dict[str, float], dict[str, dict
     words = {"peft_merge": "merge_vs_peft_svd", "svd_resize": "resize_vs_full_svd", "svd_extract": "extract_vs_full_svd"}
     words |= {"kohya_merge": "merge_vs_kohya", "kohya_resize": "resize_vs_kohya"}
     ratios = {words[other]: table[name]["cpu_seconds"] / table[other]["cpu_seconds"] for name, others in theirs.items() for other in others}
+    ratios |= {f"{ours}_vs_{other}_svd": table[ours]["cpu_seconds"] / table[other]["cpu_seconds"] for ours, other in dense.items()}
     with contextlib.redirect_stdout(sys.stderr):
         merge(setup, "float32", "merged_float32")
     ratios["merge_error"] = merge_error(setup)
+    if dense:
+        ratios["ties_error"] = ties_error(setup)
     table["quantized"] = smaller(setup)
     table["files"] = {
         path.stem: path.stat().st_size for path in sorted(Path(setup.folder).glob("*.safetensors")) if "kohya" not in path.stem
@@ -360,7 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, one round; its numbers say little")
     parser.add_argument("--family", nargs="+", choices=("sdxl", "flux"))
-    parser.add_argument("--kohya", type=Path, help="a checkout of kohya-ss/sd-scripts whose requirements are installed")
+    parser.add_argument("--kohya", type=Path, help="a checkout of kohya-ss/sd-scripts")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--setup", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -376,10 +419,11 @@ def main() -> None:
     for family in options.family or (("sdxl",) if options.quick else ("sdxl", "flux")):
         base = f"charworld_{family}" if options.quick else {"sdxl": "sdxl_base", "flux": "flux_dev"}[family]
         with tempfile.TemporaryDirectory() as folder:
-            setup = Setup(base, folder, family == "sdxl", str(options.kohya) if options.kohya else None)
+            kohya = options.kohya if family == "sdxl" else None
+            setup = Setup(base, folder, family == "sdxl", str(kohya) if kohya else None)
             found, values[family] = measure(setup, 1 if options.quick else ROUNDS)
         ratios |= {f"{name}.{family}": ratio for name, ratio in found.items()}
-        if not options.kohya:
+        if family == "sdxl" and not kohya:
             skipped |= {f"{name}.{family}": "no --kohya checkout" for name in ("merge_vs_kohya", "resize_vs_kohya")}
     for name, ratio in ratios.items():
         print(f"{name:<26} {ratio:12.6f}   goal {GOALS[name.rpartition('.')[0]]:g}")
