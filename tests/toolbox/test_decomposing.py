@@ -1,6 +1,7 @@
 """Directions taken apart and put together again, on layers whose singular values are known."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from charforgex.config import compose
 from charforgex.errors import ConfigError, LoraError
 from charforgex.families import bases
 from charforgex.lora.formats import open_lora
-from charforgex.lora.state import LohaLayer, Lora, LoraLayer
+from charforgex.lora.state import LohaLayer, LokrLayer, Lora, LoraLayer
 from charforgex.lora.writing import write
 from charforgex.toolbox.decomposing import chooser, decompose
 
@@ -101,6 +102,25 @@ def test_products_of_hadamard_are_taken_apart_and_dora_is_refused(tmp_path):
     path = write(dora, tmp_path / "dora.safetensors", "kohya", BASE.spelling, BASE.config, torch.float32)
     with pytest.raises(LoraError, match=r"charforgex lora convert .*dora\.safetensors out=dora_lora\.safetensors kind=lora"):
         run(path)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_directions_of_a_convolution_are_one_s_of_a_convolution(kind, tmp_path):
+    """The factors of these kinds do not tell kernels; programs want them."""
+    base, name = bases.get("charworld_sdxl"), "unet.down_blocks.0.downsamplers.0.conv"
+    shape = base.shapes[name]
+    if kind == "loha":
+        sizes = [(shape[0], 2), (2, math.prod(shape[1:]))] * 2
+        layer = LohaLayer(*(torch.randn(*size, generator=DRAW) for size in sizes), 2.0)
+    else:
+        sizes = (2, 2), (shape[0] // 2, shape[1] // 2, *shape[2:])
+        layer = LokrLayer(1.0, **{side: torch.randn(*size, generator=DRAW) for side, size in zip(("w1", "w2"), sizes, strict=True)})
+    path = write(Lora({name: layer}), tmp_path / "a.safetensors", "kohya", base.spelling, base.config, torch.float32)
+    run(path, f"out={tmp_path}/b.safetensors", "keep=0-")
+    with open_lora(tmp_path / "b.safetensors", base.names) as file:
+        found = file.layer(name)
+    assert found.kind == "lora" and found.fits(shape)
+    torch.testing.assert_close(found.delta().flatten(1), layer.delta(), atol=1e-4, rtol=1e-3)
 
 
 def test_settings_without_use_are_refused(path, tmp_path):

@@ -97,7 +97,7 @@ def measure(opened: Opened, source: str | None = None) -> dict[str, Any]:
             if not layer.is_finite:
                 raise LoraError(f"{opened.paths[index]}: the layer {name} holds values that are not finite.")
             try:
-                found[index] = spectrum_of(layer, weight)
+                found[index] = spectrum_of(layer, opened.base.shapes.get(name), weight)
             except LoraError as error:
                 raise LoraError(f"{opened.paths[index]}: {name}: {error}") from error
             files[index][name] = _layer(layer, found[index], weights.get(name))

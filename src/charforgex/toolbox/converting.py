@@ -12,8 +12,8 @@ from charforgex.errors import ConfigError, LoraError
 from charforgex.toolbox.common import Inputs, Opened, Outputs, counted, lineage, opened_loras, save, say, written
 
 if TYPE_CHECKING:
-    from charforgex.lora.lowrank import Keep, Spectrum
-    from charforgex.lora.state import Layer, LoraLayer
+    from charforgex.lora.lowrank import Keep
+    from charforgex.lora.state import LoraLayer
     from charforgex.toolbox.shrinking import Row
 
 LYCORIS_KEYS = ("ss_network_module", "ss_network_args")  # what the header says of a kind that the file no longer has
@@ -114,37 +114,22 @@ class _Plain:
     def layer(self, name: str) -> LoraLayer | None:
         from charforgex.lora.lowrank import layer_of
         from charforgex.toolbox.shrinking import Row
+        from charforgex.toolbox.spectra import norm, spectrum_of
 
         layer = self.opened.files[0].layer(name)
         if layer is None or layer.kind == "lora":
             return layer
-        shape = self.opened.base.shapes.get(name)
-        if shape is None or not layer.fits(shape):
-            raise LoraError(
-                f"{name} of {self.opened.paths[0]} changes a weight {layer.weight_shape}; that of {self.opened.base.name} is {shape}."
-            )
-        found = self._spectrum(name, layer, shape)
-        rank = found.numerical_rank() if self.keep is None else self.keep(found)
-        rank = max(1, min(rank, found.numerical_rank()))
+        shape = self.opened.base.shapes.get(name, layer.weight_shape)
+        found = spectrum_of(layer, shape, self.weight(name) if layer.kind == "dora" else None)
+        rank = max(1, len(found.values) if self.keep is None else self.keep(found))
         if self.keep is None and rank * (shape[0] + math.prod(shape[1:])) >= math.prod(shape):
             raise LoraError(
                 f"{name} of {self.opened.paths[0]} has {rank} directions, so that as LoRA it would be larger than the weight "
                 f"{shape} itself; say rank=64 or error=0.1 for the best of fewer."
             )
-        whole = float(found.values.double().norm())
+        whole = norm(found.values)
         self.rows[name] = Row(layer.rank, rank, whole, found.error(rank) * whole)
         return layer_of(found.truncated(rank))
-
-    def _spectrum(self, name: str, layer: Layer, shape: tuple[int, ...]) -> Spectrum:
-        from charforgex.lora import lowrank
-
-        if layer.kind == "loha" and layer.rank**2 < min(shape[0], math.prod(shape[1:])):
-            return lowrank.spectrum(lowrank.loha_product(layer, shape))
-        if layer.kind == "lokr":
-            return lowrank.lokr_spectrum(layer, shape)
-        if self.weight is None:
-            return lowrank.dense_spectrum(layer.delta().view(shape))
-        return lowrank.dense_spectrum(layer.change(self.weight(name)))
 
 
 def _error(rows: Mapping[str, Row]) -> dict[str, Any]:

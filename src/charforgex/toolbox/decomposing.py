@@ -115,7 +115,7 @@ def spectrum(opened: Opened, name: str) -> Spectrum | None:
         raise LoraError(f"{opened.paths[0]}: the layer {name} holds values that are not finite.")
     if layer.kind == "dora":
         raise LoraError(f"{opened.paths[0]}: {name} is DoRA, whose directions depend on the base's weights. {as_lora(opened.paths[0])}")
-    return spectrum_of(layer)
+    return spectrum_of(layer, opened.base.shapes.get(name))
 
 
 def picked(found: Spectrum, indices: Sequence[int]) -> LoraLayer:

@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import LoraError
-from charforgex.lora.lowrank import Spectrum, dense_spectrum, product, spectrum
+from charforgex.lora.lowrank import Spectrum, dense_spectrum, loha_product, lokr_spectrum, product, spectrum
 from charforgex.lora.state import Layer
 
 
-def spectrum_of(layer: Layer, weight: Tensor | None = None) -> Spectrum:
+def spectrum_of(layer: Layer, shape: tuple[int, ...] | None = None, weight: Tensor | None = None) -> Spectrum:
     """The singular values of what a layer adds, without those that are rounding. None are left of a layer that changes nothing.
 
-    Of a plain LoRA by its factors, of LoHa and LoKr from the dense change. DoRA rescales the base's `weight`, and its change is
-    nothing without it: raises LoraError.
+    `shape` is the weight's, which the factors of LoHa and LoKr do not tell of a convolution. Dense matrices are made only where nothing
+    shorter is exact. DoRA rescales the base's `weight`, and its change is nothing without it: raises LoraError.
     """
+    shape = layer.weight_shape if shape is None else shape
     if layer.kind == "lora":
         found = spectrum(product(layer))
-    elif layer.kind != "dora":
-        found = dense_spectrum(layer.delta())
+    elif layer.kind == "loha" and layer.rank**2 < min(shape[0], math.prod(shape[1:])):
+        found = spectrum(loha_product(layer, shape))
+    elif layer.kind == "lokr":
+        found = lokr_spectrum(layer, shape)
+    elif layer.kind == "loha":
+        found = dense_spectrum(layer.delta().view(shape))
     elif weight is None:
         raise LoraError("What a DoRA changes depends on the base's weights; say base=<diffusers folder, checkpoint or charworld>.")
     else:
@@ -31,7 +36,7 @@ def spectrum_of(layer: Layer, weight: Tensor | None = None) -> Spectrum:
 
 def trimmed(found: Spectrum) -> Spectrum:
     rank = found.numerical_rank()
-    return Spectrum(found.left[:, :rank], found.values[:rank], found.right[:rank], found.shape)
+    return Spectrum(found.left[:, :rank], found.values[:rank], found.right[:rank], found.shape, found.rest)
 
 
 def norm(values: Tensor) -> float:
