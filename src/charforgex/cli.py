@@ -24,10 +24,15 @@ COMMANDS = {
     "curate": ("charforgex.curation.run:curate", "a mess of pictures, archives and clips to a dataset; curate report only looks"),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
+    "evaluate": ("charforgex.evaluation.run:evaluate", "is it the character, does it obey, which is better: numbers with pictures"),
     "merge": ("charforgex.merging.run:merge", "several LoRAs to one, without a base model"),
+    "compare": ("charforgex.evaluation.compare:compare", "evaluations and trainings side by side, as far as they can be compared"),
     "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
-FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes")}  # what may stand alone on the command line, and its setting
+# What may stand alone on the command line, by its end, and its setting
+FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes"), "compare": ("", "runs")}
+# Hydra's flags that a word follows
+FLAGS = "--cfg -c --info -i --package -p --config-dir -cd --config-name -cn --config-path -cp".split()
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
     "bake": ("charforgex.toolbox.baking:bake", "into a base model for good: a diffusers folder or a single file"),
     "inspect": ("charforgex.toolbox.inspecting:inspect", "what a file is, says of itself, and what is wrong with it"),
@@ -93,7 +98,8 @@ def with_files(arguments: Sequence[str], suffix: str = ".safetensors", setting: 
     """Files that stand alone on the command line as a setting, and `--dry-run` as `dry_run=true`."""
     from charforgex.overrides import written
 
-    files = [argument for argument in arguments if argument.endswith(suffix) and "=" not in argument and argument[:1] != "-"]
+    alone = [argument for before, argument in zip(["", *arguments], arguments, strict=False) if before not in FLAGS]
+    files = [argument for argument in alone if argument.endswith(suffix) and "=" not in argument and argument[:1] != "-"]
     rest = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments if argument not in files]
     return ([f"{setting}={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
 

@@ -40,7 +40,7 @@ def _visible(letter: str) -> bool:
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page of a template. A name that `values` lacks is an error."""
+    """The page of a template. A name that `values` lacks is an error; one of ours that it has is replaced, such as `policy`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -49,7 +49,7 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else "" if value is None else shown(value),
     )  # fmt: skip
     shared = {"policy": POLICY, "shared_style": Markup(STYLE.read_text(encoding="utf-8"))}  # our own file
-    return environment.get_template(template.name).render(**shared, **values)
+    return environment.get_template(template.name).render(**(shared | values))
 
 
 def embedded(picture: Image, side: int) -> Markup:

@@ -17,7 +17,7 @@ CARD = {"range": "[0, 1]", "better": "higher", "source": "nobody", "lies": "alwa
 METRICS = {  # name -> (title, better, floor, ceiling)
     "identity": ("identity", "higher", 0.2, 0.9),
     "attributes": ("attributes", "higher", 0.3, 1.0),
-    "vendi": ("variety", "higher", 1.0, 9.0),
+    "pairwise": ("diversity", "higher", None, 9.0),
     "memorisation": ("learnt by heart", "lower", 1.0, 0.2),
 }
 PROMPTS = {"contexts": ["zatoki girl, smiling, at the beach", "zatoki girl, in a forest"], "stress": ["zatoki girl, upside down"]}

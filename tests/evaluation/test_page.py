@@ -12,9 +12,9 @@ from charforgex.evaluation import charts, page, reading
 from tests.evaluation import made_up
 
 MEANS = {
-    "base": {"identity": 0.3, "attributes": 0.93, "vendi": 7.9, "memorisation": 0.21},
-    "anna 200": {"identity": 0.55, "attributes": 0.9, "vendi": 7.1, "memorisation": 0.3},
-    "anna 400": {"identity": 0.81, "attributes": 0.86, "vendi": 6.2, "memorisation": 0.5},
+    "base": {"identity": 0.3, "attributes": 0.93, "pairwise": 7.9, "memorisation": 0.21},
+    "anna 200": {"identity": 0.55, "attributes": 0.9, "pairwise": 7.1, "memorisation": 0.3},
+    "anna 400": {"identity": 0.81, "attributes": 0.86, "pairwise": 6.2, "memorisation": 0.35},
 }
 CONTESTANTS = [
     made_up.contestant("base", "base", scale=None),
@@ -94,7 +94,7 @@ def test_its_numbers_are_the_results(whole):
     identity = result["metrics"]["identity"]["values"]["anna 400"]
     assert f"Is it the character? Yes Identity {reading.said(identity)}" in text
     heart = result["metrics"]["memorisation"]["values"]["anna 400"]
-    assert f"Did it learn pictures by heart? A little Learnt by heart {reading.said(heart)}" in text
+    assert f"Did it learn pictures by heart? Some Learnt by heart {reading.said(heart)}" in text
     assert "Identity by step" in text and "The character against variety" in text
     assert "sha256" in text and "torch 2.13" in text and "embedder = charworld" in text
 
@@ -152,7 +152,7 @@ def test_the_worst_are_the_worst(whole):
 
 def test_comparisons_are_told_of_the_chosen_first(whole):
     _, result, _ = whole
-    told = page.paired(result)
+    told = page.paired(result["comparison"], {name: metric["card"] for name, metric in result["metrics"].items()}, "anna 400")
     assert [row["a"] for row in told["open"][:8]] == ["anna 400"] * 8
     (row,) = [row for row in told["open"] if row["metric"] == "identity" and row["b"] == "base"]
     (original,) = [

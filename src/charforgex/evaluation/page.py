@@ -27,12 +27,18 @@ SMALL = 129  # pixels, below which they are shown as the squares that they are
 WORST = 6  # pictures of each metric
 PAIRS = 24  # rows of paired comparisons that stand open
 Row = dict[str, Any]
+# What parts.html, of which all pages here are made, calls
+WORDS = {"said": reading.said, "between": reading.between, "rounded": reading.rounded, "heading": reading.heading}
 
-# Shares of the way from floor to ceiling, from which on an answer is this word
-ANSWERS = {
-    "merit": (("Yes", 0.8, "good"), ("Mostly", 0.5, "fair"), ("A little", 0.2, "fair"), ("No", -math.inf, "bad")),
-    "fault": (("No", 0.8, "good"), ("A little", 0.5, "fair"), ("Yes", -math.inf, "bad")),
-}
+# What people ask, the metrics that answer it, and the words of the answer with the share of success from which on each is true
+MERIT = (("Yes", 0.8, "good"), ("Mostly", 0.5, "fair"), ("A little", 0.2, "fair"), ("No", -math.inf, "bad"))
+QUESTIONS = (
+    ("Is it the character?", reading.IDENTITY, MERIT),
+    ("Does it obey?", reading.FOLLOWING, MERIT),
+    ("Is it varied?", reading.VARIETY, MERIT),
+    ("Did it learn pictures by heart?", reading.MEMORY, (("No", 0.97, "good"), ("Some", 0.8, "fair"), ("Yes", -math.inf, "bad"))),
+    ("Does it show uncalled?", reading.LEAKAGE, (("No", 0.9, "good"), ("A little", 0.7, "fair"), ("Yes", -math.inf, "bad"))),
+)
 
 
 class Thumbnails:
@@ -62,9 +68,9 @@ def write_page(result: Mapping[str, Any], shots: Iterable[Mapping[str, Any]], ou
     """Writes the page to `out`. Files of `shots` are relative to its folder, or absolute. At most about `embedded_bytes` of pictures."""
     result, shots = plain(result), [plain(shot) for shot in shots]
     thumbnails = Thumbnails(out.parent, embedded_bytes)
-    metrics = {name: _metric(name, metric, result) for name, metric in result["metrics"].items()}
+    metrics = {name: bars(name, metric, result["contestants"]) for name, metric in result["metrics"].items()}
     cases = worst(result, shots, thumbnails)  # few, and before the contact sheets take all that a page may weigh
-    values = {
+    values = WORDS | {
         "title": title(result),
         "result": result,
         "chosen": reading.chosen(result),
@@ -73,15 +79,11 @@ def write_page(result: Mapping[str, Any], shots: Iterable[Mapping[str, Any]], ou
         "curves": _curves(result),
         "pareto": _pareto(result),
         "sheets": sheets(result, shots, thumbnails),
-        "comparison": paired(result),
+        "comparison": paired(result["comparison"], {name: metric["card"] for name, metric in metrics.items()}, reading.chosen(result)),
         "worst": cases,
         "notes": notes(result),
         "shots": len(shots),
         "repeat": _repeat(result),
-        "said": reading.said,
-        "rounded": reading.rounded,
-        "between": reading.between,
-        "heading": reading.heading,
     }
     return write_atomic(out, render(TEMPLATE, thumbnails=thumbnails, **values))
 
@@ -96,45 +98,46 @@ def title(result: Mapping[str, Any]) -> str:
 
 def answers(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """What people ask, answered of the chosen contestant: `question`, `word`, `tone`, a sentence."""
-    questions = (
-        ("Is it the character?", reading.IDENTITY, "merit"),
-        ("Does it obey?", reading.FOLLOWING, "merit"),
-        ("Is it varied?", reading.VARIETY, "merit"),
-        ("Did it learn pictures by heart?", reading.MEMORY, "fault"),
-        ("Does it show when nobody calls it?", reading.LEAKAGE, "fault"),
-    )
-    found = [_answer(question, reading.first_of(names, result["metrics"]), words, result) for question, names, words in questions]
+    found = [_answer(question, reading.first_of(names, result["metrics"]), words, result) for question, names, words in QUESTIONS]
     return [answer for answer in found if answer]
 
 
-def _answer(question: str, name: str | None, words: str, result: Mapping[str, Any]) -> dict[str, str] | None:
+def _answer(question: str, name: str | None, words: Sequence[tuple[str, float, str]], result: Mapping[str, Any]) -> dict[str, str] | None:
     if name is None:
         return None
     metric, contestant = result["metrics"][name], reading.chosen(result)
     value = metric["values"].get(contestant, {"why": "not measured"})
+    title = reading.heading(metric["card"])
     if "why" in value:
-        return {
-            "question": question,
-            "word": "Not known",
-            "tone": "none",
-            "sentence": f"{reading.heading(metric['card'])}: {value['why']}.",
-        }
-    sentence = [f"{reading.heading(metric['card'])} {reading.with_interval(value)}"]
-    reached = reading.share(value["estimate"], metric["floor"], metric["ceiling"])
-    if reached is None:
-        word, tone = reading.said(value), "none"
-        sentence.append("there is nothing measured to read it against")
-    else:
-        word, tone = next((word, tone) for word, least, tone in ANSWERS[words] if reached >= least)
-        sentence.append(f"{_percent(value, metric)} of the way from floor to ceiling")
+        return {"question": question, "word": "Not known", "tone": "none", "sentence": f"{title}: {value['why']}."}
     bases = [one["name"] for one in result["contestants"] if one["kind"] == reading.BASE and one["name"] != contestant]
-    sentence += [f"the base model alone has {reading.said(known)}" for base in bases if (known := reading.measured(metric).get(base))]
+    base = next((known[one]["estimate"] for one in bases if one in (known := reading.measured(metric))), None)
+    success, told = _success(name, value, metric, base)
+    word, tone = (
+        next(((word, tone) for word, least, tone in words if success >= least)) if success is not None else (reading.said(value), "none")
+    )
+    sentence = [f"{title} {reading.with_interval(value)}", told]
+    if base is not None:
+        sentence.append(f"the base model alone has {reading.said(known[bases[0]])}")
     return {"question": question, "word": word, "tone": tone, "sentence": "; ".join(sentence) + "."}
+
+
+def _success(name: str, value: Mapping[str, Any], metric: Mapping[str, Any], base: float | None) -> tuple[float | None, str]:
+    """How far a number is what one wishes for, 0 to 1, and by what that is told."""
+    leaked = (value.get("parts") or {}).get("share") if name in reading.LEAKAGE else None
+    if leaked is not None:
+        return 1 - leaked, f"{leaked:.0%} of the way from the base model to real pictures".replace("%", " %")
+    found = reading.reached(value["estimate"], metric)
+    if found is not None:
+        return found, f"{_percent(value, metric)} of the way from floor to ceiling"
+    if base and metric["card"]["better"] == "higher":
+        return value["estimate"] / base, f"{100 * value['estimate'] / base:.0f} % of what the base model has"
+    return None, "there is nothing measured to read it against"
 
 
 def _percent(value: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     """An estimate's and an interval's share of the way from floor to ceiling, in whole percent, or fives where the interval is wide."""
-    ends = [reading.share(value[end], metric["floor"], metric["ceiling"]) for end in ("estimate", "low", "high")]
+    ends = [reading.reached(value[end], metric) for end in ("estimate", "low", "high")]
     step = 1 if None in ends or abs(ends[2] - ends[1]) < 0.2 else 5
     estimate, *interval = [None if end is None else step * round(100 * end / step) for end in ends]
     return f"{estimate} %" if None in interval else f"{estimate} % ({min(interval)} to {max(interval)} %)"
@@ -143,12 +146,12 @@ def _percent(value: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
 # ---- numbers ----
 
 
-def _metric(name: str, metric: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric's rows for the page: its values, and where they lie between floor and ceiling, in percent of the bar."""
+def bars(name: str, metric: Mapping[str, Any], contestants: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """A metric's rows for a page: its values, and where they lie between floor and ceiling, in percent of the bar."""
     card, values = metric["card"], metric["values"]
     ends = axis(metric)
     rows = []
-    for one in result["contestants"]:
+    for one in contestants:
         value = values.get(one["name"], {"why": "not measured"})
         row = {"name": one["name"], "kind": one["kind"], "value": value, "at": None, "parts": value.get("parts") or {}}
         if "why" not in value and ends:
@@ -156,14 +159,15 @@ def _metric(name: str, metric: Mapping[str, Any], result: Mapping[str, Any]) -> 
             sides = [_place(value[side], ends) for side in ("low", "high")]
             row["low"], row["high"] = (None, None) if None in sides else sorted(sides)
         rows.append(row)
-    marks = [(words, metric[end], _place(metric[end], ends)) for end, words in (("floor", "floor"), ("ceiling", "ceiling"))]
+    anchors = {end: reading.anchor(metric, end) for end in ("floor", "ceiling")}
+    marks = [(words, value, _place(value, ends)) for words, value in anchors.items()]
     known = reading.measured(metric)
     best = None
     if card["better"] != "neither" and len(known) > 1:
         best = (max if card["better"] == "higher" else min)(known, key=lambda contestant: known[contestant]["estimate"])
     return {
         "name": name, "card": card, "rows": rows, "of": {row["name"]: row["value"] for row in rows}, "best": best,
-        "floor": metric["floor"], "ceiling": metric["ceiling"],
+        **anchors,
         "marks": [{"words": words, "said": reading.rounded(value, None), "at": at} for words, value, at in marks if at is not None],
     }  # fmt: skip
 
@@ -171,14 +175,15 @@ def _metric(name: str, metric: Mapping[str, Any], result: Mapping[str, Any]) -> 
 def axis(metric: Mapping[str, Any], values: Iterable[Mapping[str, Any]] | None = None) -> tuple[float, float] | None:
     """The numbers at the left and right end of a metric's bars. The better side is right, whichever direction that is."""
     values = list(reading.measured(metric).values() if values is None else values)
-    numbers = [value[end] for value in values for end in ("estimate", "low", "high")] + [metric["floor"], metric["ceiling"]]
-    known = [number for number in numbers if number is not None]
+    numbers = [value[end] for value in values for end in ("estimate", "low", "high")]
+    floor, ceiling = (reading.anchor(metric, end) for end in ("floor", "ceiling"))
+    known = [number for number in (*numbers, floor, ceiling) if number is not None]
     if not known:
         return None
     low, high = charts.span(known)
     falling = metric["card"]["better"] == "lower"
-    if None not in (metric["floor"], metric["ceiling"]) and metric["floor"] != metric["ceiling"]:
-        falling = metric["floor"] > metric["ceiling"]
+    if None not in (floor, ceiling) and floor != ceiling:
+        falling = floor > ceiling
     return (high, low) if falling else (low, high)
 
 
@@ -186,12 +191,10 @@ def _place(number: float | None, ends: tuple[float, float] | None) -> float | No
     return None if number is None or ends is None else 100 * (number - ends[0]) / (ends[1] - ends[0])
 
 
-def paired(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Rows of ab.py's comparison for the page: the chosen contestant's first, against the others; each with its bar around 0."""
-    comparison = result["comparison"]
+def paired(comparison: Mapping[str, Any] | None, cards: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, Any] | None:
+    """Rows of ab.py's comparison for the page: those of `first` against the others come first; each with its bar around 0."""
     if not comparison:
         return None
-    first = reading.chosen(result)
     rows = [turned(row) if row["b"] == first else row for row in comparison["rows"]]
     rows = sorted(rows, key=lambda row: row["a"] != first)
     widest: dict[str, float] = {}
@@ -205,7 +208,7 @@ def paired(result: Mapping[str, Any]) -> dict[str, Any] | None:
         if difference and most:
             ends = {end: None if number is None else 50 + 46 * number / most for end, number in difference.items()}
             bar = ends if None not in ends.values() else {"estimate": ends["estimate"], "low": None, "high": None}
-        heading = reading.heading(result["metrics"][row["metric"]]["card"])
+        heading = reading.heading(cards[row["metric"]])
         told.append(row | {"heading": heading, "bar": bar, "difference": difference})
     return {
         "open": told[:PAIRS],
@@ -300,7 +303,8 @@ def points(line: Iterable[Mapping[str, Any]], known: Mapping[str, Mapping[str, A
 def levels(metric: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float | None]:
     known = reading.measured(metric)
     bases = {one["name"]: known[one["name"]]["estimate"] for one in result["contestants"] if one["kind"] == "base" and one["name"] in known}
-    return {"floor": metric["floor"], "ceiling": metric["ceiling"], **({"base": next(iter(bases.values()))} if len(bases) == 1 else {})}
+    anchors = {end: reading.anchor(metric, end) for end in ("floor", "ceiling")}
+    return {**anchors, **({"base": next(iter(bases.values()))} if len(bases) == 1 else {})}
 
 
 def _mark(result: Mapping[str, Any], along: str) -> float | None:
@@ -387,15 +391,7 @@ def worst(result: Mapping[str, Any], shots: Sequence[Row], thumbnails: Thumbnail
 def _repeat(result: Mapping[str, Any]) -> dict[str, Any]:
     """What it takes to do the same again: files with their hashes, seeds, settings as lines, versions."""
     loras = {lora["sha256"]: lora for one in result["contestants"] for lora in one["loras"]}
-    settings = [f"{name} = {value}" for name, value in flat(result["settings"])]
+    settings = [f"{name} = {value}" for name, value in reading.flat(result["settings"])]
     versions = [f"{name} {version}" for name, version in result["versions"].items() if version is not None]
     told = {"command": result.get("command"), "loras": list(loras.values())}
     return told | {"settings": settings, "versions": versions, "seeds": ", ".join(map(str, result["seeds"]))}
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Settings by their dotted names."""
-    found = []
-    for name, value in node.items():
-        found += flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
-    return found

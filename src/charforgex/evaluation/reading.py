@@ -10,9 +10,9 @@ ROUNDING = 1e-9  # widths below this share of the numbers are of arithmetic
 BASE = "base"  # the kind of contestant that has no LoRA
 # What people ask -> the metrics that answer it, the first that was measured counts
 IDENTITY = ("identity",)
-FOLLOWING = ("attributes", "prompt_following", "clip_score")
+FOLLOWING = ("attributes", "prompt_following")
 LEAKAGE = ("leakage",)
-VARIETY = ("vendi", "diversity", "pairwise")
+VARIETY = ("pairwise", "vendi")
 MEMORY = ("memorisation",)
 
 
@@ -65,6 +65,17 @@ def share(number: float | None, floor: float | None, ceiling: float | None) -> f
     return (number - floor) / (ceiling - floor)
 
 
+def anchor(metric: Mapping[str, Any], end: str) -> float | None:
+    """The number of a metric's floor or ceiling, where it could be measured."""
+    found = metric[end]
+    return found.get("estimate") if isinstance(found, Mapping) else found
+
+
+def reached(number: float | None, metric: Mapping[str, Any]) -> float | None:
+    """`share` of the way from the metric's floor to its ceiling."""
+    return share(number, anchor(metric, "floor"), anchor(metric, "ceiling"))
+
+
 def measured(metric: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Contestant -> value, of those that have one."""
     return {name: value for name, value in metric["values"].items() if "why" not in value and value["estimate"] is not None}
@@ -80,3 +91,11 @@ def chosen(result: Mapping[str, Any]) -> str:
     if result["recommended"]:
         return result["recommended"]["contestant"]
     return min(result["contestants"], key=lambda one: one["kind"] == BASE)["name"]
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings by their dotted names."""
+    found = []
+    for name, value in node.items():
+        found += flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else [(f"{prefix}{name}", value)]
+    return found
