@@ -32,7 +32,7 @@ COMMANDS = {
 # What may stand alone on the command line, by its end, and its setting
 FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes"), "compare": ("", "runs")}
 # Hydra's flags that a word follows
-FLAGS = "--cfg -c --info -i --package -p --config-dir -cd --config-name -cn --config-path -cp".split()
+FLAGS = ["--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"]
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
     "bake": ("charforgex.toolbox.baking:bake", "into a base model for good: a diffusers folder or a single file"),
     "inspect": ("charforgex.toolbox.inspecting:inspect", "what a file is, says of itself, and what is wrong with it"),
