@@ -124,7 +124,7 @@ def read_ballots(paths: Sequence[Path], key: Key) -> list[Ballot]:
             raise DataError(f'{path} is no file; it is what the page\'s button "Save votes" makes.')
         ballot = _read(path, Ballot)
         if ballot.study != key.study:
-            raise DataError(f"{path} has votes of the study {show(ballot.study)}, and the page is of {key.study}; leave the file out.")
+            raise DataError(f"{path} has votes of the study {show(ballot.study)}, and the page is of {key.study}; leave it out.")
         name = ballot.rater.strip()
         if not name or len(name) > LONGEST or not name.isprintable():
             raise DataError(f"{path}: the rater's name {show(name)} is not one of 1 to {LONGEST} printable letters.")
