@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from charforgex.charworld import drawing, world
 from charforgex.charworld.demo import held_out_character
 from charforgex.embedders import CharworldEmbedder, get_embedder, to_pixels
 from charforgex.errors import ConfigError, ModelError
-from charforgex.evaluation.identity import similarity
+from charforgex.evaluation.identity import mix_up, ranks, similarity, threshold_at
 
 
 def unit(*angles):
@@ -21,6 +22,35 @@ def unit(*angles):
 def test_similarity_is_the_mean_cosine_to_the_references():
     pictures, references = unit(0.0, torch.pi / 2), unit(0.0, torch.pi / 3)
     assert similarity(pictures, references).tolist() == pytest.approx([(1 + 0.5) / 2, (0 + 3**0.5 / 2) / 2], abs=1e-6)
+
+
+def test_pairs_of_a_picture_and_itself_do_not_count():
+    pictures = unit(0.0, torch.pi / 2, torch.pi / 3)
+    same = torch.eye(3, dtype=torch.bool)
+    expected = [(0 + 0.5) / 2, (0 + 3**0.5 / 2) / 2, (0.5 + 3**0.5 / 2) / 2]
+    assert similarity(pictures, pictures, same).tolist() == pytest.approx(expected, abs=1e-6)
+    assert similarity(pictures.numpy(), pictures.numpy(), same.numpy()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_thresholds_let_in_as_many_as_they_may():
+    scores = np.array([0.3, 0.9, 0.1, 0.5, 0.7])
+    assert [threshold_at(scores, rate) for rate in (0.0, 0.2, 0.39, 0.4, 0.8)] == [0.9, 0.7, 0.7, 0.5, 0.1]
+    assert [(scores > threshold_at(scores, rate)).sum() for rate in (0.0, 0.2, 0.4)] == [0, 1, 2]
+    assert threshold_at(np.arange(100.0), 0.29) == 70  # 0.29 * 100 is a little less than 29 in floats
+    assert threshold_at(np.array([0.5, 0.5, 0.1]), 0.34) == 0.5  # equal ones are not let in by halves
+
+
+def test_ranks_by_hand():
+    rivals = np.array([[0.1, 0.2, 0.3], [0.1, 0.5, 0.9], [0.4, np.nan, 0.1]])
+    assert ranks(np.array([0.5, 0.5, 0.5]), rivals).tolist() == [1, 3, 1]
+
+
+def test_mixed_up_faces_by_hand():
+    first, second, third = np.eye(3)
+    assert mix_up(np.stack([first, second]), [0, 1]) == (0, 0)
+    assert mix_up(np.stack([first, first]), [0, 1]) == (1, 1)
+    assert mix_up(np.stack([third, second, second]), [0, 1]) == (2, 1)
+    assert mix_up(np.zeros((0, 3)), [0, 1]) == (0, 2)
 
 
 def test_pixels_are_in_range_and_of_size():

@@ -1,6 +1,8 @@
 """Between what a metric's numbers are to be read: the metric itself, on sets of which it is known what they are.
 
 Its `floor` is what the worst picture gets and its `ceiling` what a perfect one does: real pictures, other people, other prompts, noise.
+A metric of single pictures leaves each out of the references that it is compared with, so "real" means held out. One that compares whole
+sets with the references would find them equal, and has "training" for its ceiling.
 """
 
 from __future__ import annotations
@@ -33,12 +35,7 @@ def _measured(metric: Metric, which: str | None, sets: Sets) -> Value | str | No
     if which is None:
         return None
     try:
-        value = metric(sets[which], sets.case)
-        # A metric of pictures leaves the picture itself out of the references; one of whole sets would find them equal.
-        if which == "real" and value.rows is None:
-            own, others = sets.halves()
-            return metric(own, replace(sets.case, references=others))
-        return value
+        return metric(sets[which], sets.case)
     except DataError as error:
         return str(error)
 
@@ -54,17 +51,14 @@ class Sets:
             "base": lambda: self._given(case.base, "pictures of the base"),
         }  # fmt: skip
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._makers)
+
     def __getitem__(self, name: str) -> Gallery:
         if name not in self._made:
             self._made[name] = self._makers[name]()
         return self._made[name]
-
-    def halves(self) -> tuple[Gallery, Gallery]:
-        """Every second reference, and the rest."""
-        references = self.case.references
-        if len(references) < 4:
-            raise DataError(f"{len(references)} references are too few to be halved and compared with each other; give four or more")
-        return tuple(Gallery(references.name, references.shots[start::2], references.cache) for start in (0, 1))
 
     @staticmethod
     def _given(gallery: Gallery | None, what: str) -> Gallery:

@@ -51,3 +51,4 @@ def test_what_it_cannot_do_without():
         Leakage()(asked(1), case(base=gallery(2)))
     with pytest.raises(DataError, match='"a woman, 0" calls the character by A Woman'):
         Leakage()(asked(1), case(base=asked(2), trigger="A Woman"))
+    assert Leakage()(asked(1), case(base=asked(2), trigger="oma")).count == 6  # a part of a word calls nobody

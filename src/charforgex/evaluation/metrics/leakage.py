@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ class Leakage(Likeness):
     """Identity on the prompt pack `leakage`, which has no trigger, less that of the base's pictures of the same prompts and seeds."""
 
     name: ClassVar[str] = "leakage"
+    pack: ClassVar[str] = "leakage"
     floor: ClassVar[None] = None
     ceiling: ClassVar[str] = "base"
     card: ClassVar[Card] = Card(
@@ -32,8 +34,9 @@ class Leakage(Likeness):
     )
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
-        own, base, places = paired(gallery, case, "leakage")
-        calling = [shot.prompt for shot in own.shots if case.trigger and case.trigger.lower() in shot.prompt.lower()]
+        own, base, places = paired(gallery, case, self.pack)
+        called = re.compile(rf"(?<!\w){re.escape(case.trigger)}(?!\w)", re.IGNORECASE) if case.trigger else None
+        calling = [shot.prompt for shot in own.shots if called and called.search(shot.prompt)]
         if calling:
             raise DataError(f'"{calling[0]}" calls the character by {case.trigger}; prompts of the pack leakage must not')
         with_lora, notes = self.scores(own, case)

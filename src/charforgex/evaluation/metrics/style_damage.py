@@ -21,6 +21,7 @@ class StyleDamage:
     clip: str = "charworld"
 
     name: ClassVar[str] = "style_damage"
+    pack: ClassVar[str] = "unrelated"
     floor: ClassVar[str] = "noise"
     ceiling: ClassVar[str] = "base"
     card: ClassVar[Card] = Card(
@@ -34,7 +35,7 @@ class StyleDamage:
     )
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
-        own, base, places = paired(gallery, case, "unrelated")
+        own, base, places = paired(gallery, case, self.pack)
         cosines = (clip_vectors(own, self.clip).astype(np.float64) * clip_vectors(base, self.clip)).sum(1)
         rows = np.full(len(gallery), np.nan)
         rows[places] = np.clip(1 - cosines, 0, 2)
