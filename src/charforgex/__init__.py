@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["curate", "generate", "lora_tool", "merge", "train"]
+__all__ = ["curate", "evaluate", "generate", "lora_tool", "merge", "train"]
 
 
 def curate(**settings: Any) -> dict[str, Any]:
@@ -28,6 +28,11 @@ def train(**settings: Any) -> dict[str, Any]:
 def generate(**settings: Any) -> dict[str, Any]:
     """What `python generate.py name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
     return _run("generate", "charforgex.generation.run:generate", settings)
+
+
+def evaluate(**settings: Any) -> dict[str, Any]:
+    """What `python evaluate.py name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
+    return _run("evaluate", "charforgex.evaluation.run:run", settings)
 
 
 def merge(**settings: Any) -> dict[str, Any]:

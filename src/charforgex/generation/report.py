@@ -29,8 +29,8 @@ class Bar:
     def say(self, text: str) -> None:
         self._progress.update(self._task, description=text)
 
-    def step(self, pictures: float) -> None:
-        self._progress.update(self._task, advance=pictures, description="sampling")
+    def step(self, pictures: float, text: str = "sampling") -> None:
+        self._progress.update(self._task, advance=pictures, description=text)
 
 
 @contextmanager
