@@ -54,6 +54,9 @@ def test_what_fits_no_base_is_told():
         bases.base_of(shapes | {key: (2, 77)}, {})
     with pytest.raises(LoraError, match=r"1 of .* keys belong to no module of this sdxl model: lora_unet_stray"):
         bases.base_of(shapes | {"lora_unet_stray.lora_down.weight": (2, 77)}, {})
+    text = file_of(base, "kohya", lambda path: "layers.0.mlp" in path)
+    with pytest.raises(LoraError, match=r"looks like a LoRA of wan\. No base of it is listed; .* one of sdxl_base, .* say base=<name>"):
+        bases.base_of(text, {"charforgex.family": "wan"})
     sides = {"w1_a": (1280, 2), "w1_b": (2, 1280), "w2_a": (1280, 2), "w2_b": (2, 1280)}
     loha = {f"lora_unet_mid_block_attentions_0_proj_in.hada_{side}": shape for side, shape in sides.items()}
     assert bases.base_of(loha, {}).name == "sdxl_base"

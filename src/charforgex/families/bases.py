@@ -93,7 +93,8 @@ def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
                 return base
             complaints.append((len(misfits), f"{len(misfits)} layers do not fit {name}, such as {misfits[0]}."))
     family = f"It looks like a LoRA of {shown(looks)}. " if looks else ""
-    raise LoraError(f"{family}{min(complaints)[1] if complaints else 'No base of it is listed.'}")
+    none = f"No base of it is listed; if it is for one of {', '.join(names())}, say base=<name>."
+    raise LoraError(f"{family}{min(complaints)[1] if complaints else none}")
 
 
 def _misfits(base: Base, file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Iterator[str]:

@@ -1,48 +1,17 @@
-"""What a merge shows: a bar while it works for long, and a table by block when it is done."""
+"""What a merge shows when it is done: a table by block."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from charforgex.merging.blocks import block_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
 
     from charforgex.merging.merger import Row
-
-PATIENCE = 2.0  # seconds without a bar
-
-
-class Bar:
-    """A progress bar that only comes if the work takes long."""
-
-    def __init__(self, console: Console, total: int, what: str):
-        self.console, self.total, self.what = console, total, what
-        self.started, self.done, self.bar = time.monotonic(), 0, None
-
-    def step(self) -> None:
-        self.done += 1
-        if self.bar is None and time.monotonic() - self.started > PATIENCE:
-            from rich.progress import Progress
-
-            self.bar = Progress(console=self.console, transient=True)
-            self.task = self.bar.add_task(self.what, total=self.total)
-            self.bar.start()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def overall_error(rows: Iterable[Row]) -> float:

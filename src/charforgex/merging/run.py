@@ -47,7 +47,7 @@ def merge(cfg: Any) -> dict[str, Any]:
     outputs = named(outputs, inputs.paths, method, shaping)
     outputs.check_out(inputs.paths)
     with opened_loras(inputs) as opened:
-        result = _merged(opened, outputs, selection, size, method, weights, shaping, Console())
+        result = _merged(opened, outputs, selection, size, method, weights, shaping)
     report.show(Console(), result, [path.stem for path in inputs.paths])
     return result
 
@@ -72,16 +72,14 @@ def named(outputs: Outputs, paths: list[Path], method: Method, shaping: Mapping[
 
 
 def _merged(
-    opened: Opened, outputs: Outputs, selection: Selection, size: Size, method: Method, weights: list[float], shaping: Mapping[str, Any],
-    console: Any,
+    opened: Opened, outputs: Outputs, selection: Selection, size: Size, method: Method, weights: list[float], shaping: Mapping[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from charforgex.lora.writing import check_format
     from charforgex.merging import blocks, report
     from charforgex.merging.merger import Merger
-    from charforgex.toolbox.common import dtype_of, lineage, save
+    from charforgex.toolbox.common import counted, dtype_of, lineage, save
 
     base = opened.base
-    check_format(outputs.format or opened.format, base.names)
+    outputs.check_format(opened)
     check_plain(opened)
     every = list({**base.shapes, **dict.fromkeys(opened.names)})
     chosen = selection.of_file(len(opened.files))
@@ -94,21 +92,21 @@ def _merged(
     if not any(any(row) for row in told.values()):
         raise ConfigError("blocks, block_weights and gradient leave nothing: every weight is 0.")
     words = [word for wanted, table, _ in chosen for word in (*(wanted or ()), *table)]
-    with report.Bar(console, len(told), f"merging by {method.name}") as bar:
+    left = set(told)
 
-        def get(name: str) -> Any:
-            layer = merger.layer(name)
-            bar.step()
-            if bar.done == bar.total and not merger.rows:
-                raise LoraError("The files cancel each other: nothing is left to be written.")
-            return layer
+    def make(name: str) -> Any:
+        layer = merger.layer(name)
+        left.discard(name)
+        if not left and not merger.rows:
+            raise LoraError("The files cancel each other: nothing is left to be written.")
+        return layer
 
-        made = {"out": None, "format": outputs.format or opened.format, "base": base.name}
+    made = {"out": None, "format": outputs.format or opened.format, "base": base.name}
+    with counted(make, told, f"merging by {method.name}") as get:
         if outputs.dry_run:
             for name in told:
                 get(name)
         else:
-            outputs.out.parent.mkdir(parents=True, exist_ok=True)
             made = save(opened, outputs, get, list(told), lineage(opened, f"merge {method.name}", shaping))
     rows = merger.rows
     numbers = sum(row.numbers for row in rows.values())
