@@ -67,10 +67,10 @@ class Outputs:
             raise ConfigError(f"out={self.out} must end in .safetensors.")
         if self.out.resolve() in {path.resolve() for path in inputs}:
             raise ConfigError(f"out={self.out} is one of the inputs, which stay as they are; name another file.")
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"out={self.out} exists; say overwrite=true to replace it, or name another file.")
         if self.out.is_dir():
             raise ConfigError(f"out={self.out} is a folder; name a file.")
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"out={self.out} exists; say overwrite=true to replace it, or name another file.")
         check_place(self.out)
         return self.out
 
