@@ -32,11 +32,13 @@ def file_of(base, format, pick, rank=2):
     return shapes
 
 
-@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui"])
-@pytest.mark.parametrize(
-    "name",
-    ["sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "sd15", "animatediff_v3", "charworld_sdxl", "charworld_flux", "charworld_sd3"],
-)
+BY_FILES = {
+    name: ["diffusers", "kohya", "comfyui"]
+    for name in ("sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "sd15", "charworld_sdxl", "charworld_flux", "charworld_sd3")
+} | {"animatediff_v3": ["diffusers", "animatediff"]}
+
+
+@pytest.mark.parametrize("name, format", [(name, format) for name, formats in BY_FILES.items() for format in formats])
 def test_a_base_is_found_by_its_files(name, format):
     base = bases.get(name)
     attention = file_of(base, format, lambda path: ".attn" in path)
