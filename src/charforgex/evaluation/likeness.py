@@ -10,7 +10,7 @@ import numpy as np
 from charforgex.curation.faces import FaceSettings
 from charforgex.errors import DataError
 from charforgex.evaluation.identity import similarity
-from charforgex.evaluation.sight import Recogniser, recogniser
+from charforgex.evaluation.sight import Recogniser, check_source, recogniser
 
 if TYPE_CHECKING:
     from charforgex.evaluation.gallery import Gallery
@@ -23,6 +23,9 @@ class Likeness:
 
     embedder: str = "charworld"
     faces: FaceSettings | None = None
+
+    def __post_init__(self):
+        check_source(self.embedder, "embedder")
 
     def eye(self) -> Recogniser:
         return recogniser(self.embedder, self.faces)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from charforgex.curation.faces import Detector, FaceSettings, get_detector
-from charforgex.errors import DataError
+from charforgex.errors import ConfigError, DataError
 from charforgex.quiet import quiet
 from charforgex.runs import sha256_path
 
@@ -34,14 +34,26 @@ def stamp(source: str, embedded: str) -> str:
     return f"{source}@{sha256_path(place)}" if place.exists() else source
 
 
+def check_source(source: str, setting: str) -> None:
+    """Raises ConfigError for a model that names nothing or a file that is not there: before anything is drawn."""
+    if not source:
+        raise ConfigError(f'{setting}="" names nothing; give charworld, or a model by path or hub id.')
+    if (source.endswith(".onnx") or source.startswith(("/", "~", "."))) and not Path(source).expanduser().exists():
+        raise ConfigError(f"{setting}={source} does not exist; give charworld, or a model by path or hub id.")
+
+
 class Recogniser:
     """Vectors of who is in a picture: of the whole of it, or of its faces where there is a detector."""
 
     def __init__(self, name: str, embedder: Embedder, detector: Detector | None):
+        self.name, self.embedder, self.detector = name, embedder, detector
+
+    @cached_property
+    def width(self) -> int:
+        """How many numbers a vector has."""
         from PIL import Image
 
-        self.name, self.embedder, self.detector = name, embedder, detector
-        self.width = embedder([Image.new("RGB", (112, 112), (127, 127, 127))]).shape[1]
+        return self.embedder([Image.new("RGB", (112, 112))]).shape[1]
 
     def __call__(self, gallery: Gallery) -> np.ndarray:
         """float32 (N, D): unit vectors of the pictures or of their largest faces; NaN for pictures without a face. Raises DataError."""

@@ -12,7 +12,7 @@ from charforgex.errors import DataError
 from charforgex.evaluation.gallery import Gallery, Shot
 from charforgex.evaluation.identity import mix_up, similarity
 from charforgex.evaluation.metric import Card, Case, Value, mean_value
-from charforgex.evaluation.sight import Recogniser, recogniser
+from charforgex.evaluation.sight import Recogniser, check_source, recogniser
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Confusion:
         source="this project; as rank-1 identification, by face",
         lies="a face like nobody goes to whoever is nearest; passers-by count as wrong; faces that are not found do not count",
     )
+
+    def __post_init__(self):
+        check_source(self.embedder, "embedder")
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
         if not len(gallery):

@@ -23,7 +23,8 @@ class Identity(Likeness):
         range="cosine, [-1, 1]",
         better="higher",
         source="as CLIP-I and DINO of DreamBooth (Ruiz et al. 2023), section 4.2; with faces as ArcFace (Deng et al. 2019)",
-        lies="embedders of whole pictures take clothes, framing and style for the person; copies of training pictures score best",
+        lies="embedders of whole pictures take clothes, framing and style for the person; of several faces the largest counts; copies of "
+        "training pictures score best",
     )
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:

@@ -11,7 +11,7 @@ from charforgex.errors import DataError
 from charforgex.evaluation.alignment import clip_score
 from charforgex.evaluation.gallery import Gallery
 from charforgex.evaluation.metric import Card, Case, Value, mean_value
-from charforgex.evaluation.sight import clip_vectors, get_clip
+from charforgex.evaluation.sight import check_source, clip_vectors, get_clip
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class PromptFollowing:
         source="CLIPScore (Hessel et al. 2021), eq. 1, scaled as in torchmetrics",
         lies="CLIP counts badly, mixes up whose colour is whose, and knows no trigger words; scores of two CLIPs cannot be compared",
     )
+
+    def __post_init__(self):
+        check_source(self.clip, "clip")
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
         clip = get_clip(self.clip)

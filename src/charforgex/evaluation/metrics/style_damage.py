@@ -11,7 +11,7 @@ from charforgex.evaluation.appearance import structure
 from charforgex.evaluation.gallery import Gallery
 from charforgex.evaluation.metric import Card, Case, Value, mean_value
 from charforgex.evaluation.pairs import paired
-from charforgex.evaluation.sight import clip_vectors
+from charforgex.evaluation.sight import check_source, clip_vectors
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class StyleDamage:
         source="CLIP-I (Ruiz et al. 2023) between pairs; SSIM (Wang et al. 2004)",
         lies="every change counts, for the better too; CLIP hardly sees brushwork, and structure hardly sees anything else than layout",
     )
+
+    def __post_init__(self):
+        check_source(self.clip, "clip")
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
         own, base, places = paired(gallery, case, self.pack)
