@@ -10,15 +10,16 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge"]
+NAMES = ["google-chrome", "google-chrome-stable", "chrome", "chromium", "chromium-browser", "microsoft-edge"]
 NAMES += ["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"]
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Backspace": 8, " ": 32, "Enter": 13, "0": 48, "1": 49, "2": 50, "Tab": 9}
 PATIENCE = 60  # seconds
 
 
 def found() -> str | None:
-    """Path of a browser; None where there is none, or no way to talk to it."""
-    return None if os.name == "nt" else next(filter(None, map(shutil.which, NAMES)), None)
+    """Path of a browser; None where there is none, or no way to talk to it. Ubuntu's snaps see no folder for a profile."""
+    paths = [] if os.name == "nt" else filter(None, map(shutil.which, NAMES))
+    return next((path for path in paths if "/snap/" not in path), None)
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def opened(url: str, folder: Path):
     """A tab with the page, with `folder` for its profile; downloads land in folder/downloads."""
     arguments = [found(), "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "--no-first-run"]
     arguments += ["--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
-    arguments += ["--no-sandbox"] if os.geteuid() == 0 else []  # root has no sandbox, and without this flag no browser
+    arguments += ["--no-sandbox"]  # containers have none, and pages here are our own
     to_read, to_write = map(_high, os.pipe())
     from_read, from_write = map(_high, os.pipe())
     actions = [(os.POSIX_SPAWN_DUP2, to_read, 3), (os.POSIX_SPAWN_DUP2, from_write, 4)]

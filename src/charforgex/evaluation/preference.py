@@ -67,6 +67,14 @@ def krippendorff(answers: np.ndarray, nominal: bool = False) -> float:
     return float(1 - observed / expected) if expected > 0 else math.nan
 
 
+def alike(answers: np.ndarray) -> float:
+    """How often two raters say the same of a unit that both answered, over all such twos; NaN where there are none."""
+    values = np.unique(answers[np.isfinite(answers)])
+    counts = (answers[:, :, None] == values).sum(0)
+    both = (counts.sum(1) * (counts.sum(1) - 1)).sum()
+    return float((counts * (counts - 1)).sum() / both) if both else math.nan
+
+
 # ---- is it enough ----
 
 

@@ -17,7 +17,7 @@ from charforgex.evaluation import preference
 from charforgex.evaluation.ab import fewest, holm
 from charforgex.evaluation.ballots import Ballot, Claim, Key, Look, Pair, read_ballots, read_key, read_looks
 from charforgex.evaluation.intervals import bootstrap, group_weights, interval
-from charforgex.runs import write_json
+from charforgex.runs import plain, write_json
 
 RESULT = "votes_result.json"
 DRAWS = 500  # for the interval of agreement, which is computed anew in each
@@ -218,21 +218,20 @@ def _raters(ballots: Sequence[Ballot], cast: Sequence[Cast]) -> list[dict[str, A
 
 
 def _agreement(cast: Sequence[Cast]) -> dict[str, Any]:
-    """Krippendorff's alpha over pairs of pictures that two raters or more have voted on, with an interval over prompts."""
+    """How often two raters say the same of a pair, and Krippendorff's alpha, which takes off what chance would give: where nearly all
+    votes are for one contestant that is nearly all, and alpha is low though everybody agrees. With an interval over prompts.
+    """
     raters = {name: i for i, name in enumerate(dict.fromkeys(vote.rater for vote in cast))}
     shown = {vote.pair.id: vote.pair for vote in cast}
     units = {pair: i for i, pair in enumerate(sorted(shown))}
     answers = np.full((len(raters), len(units)), np.nan)
     for vote in cast:
         answers[raters[vote.rater], units[vote.pair.id]] = vote.towards(min(vote.pair.left, vote.pair.right))
-    both = int((np.isfinite(answers).sum(0) > 1).sum())
-    found = preference.krippendorff(answers)
-    if not np.isfinite(found):
-        why = "there is one rater" if len(raters) == 1 else "all say the same of all pairs" if both else "no two voted on the same pair"
-        return {"alpha": None, "why": why}
+    found: dict[str, Any] = {"raters": len(raters), "pairs": int((np.isfinite(answers).sum(0) > 1).sum())}
+    found |= {"same": preference.alike(answers), "alpha": preference.krippendorff(answers)}
     groups = np.array([shown[pair].prompt for pair in units])
     low, high = bootstrap(lambda chosen: preference.krippendorff(answers[:, chosen]), groups, DRAWS, "votes")
-    return {"alpha": found, "low": low, "high": high, "raters": len(raters), "pairs": both}
+    return plain(found | {"low": low, "high": high})
 
 
 def _notes(key: Key, look: Look, raters: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ def show(found: Mapping[str, Any], path: Path) -> None:
             [row["contestant"], f"{row['votes']:,}", _percent(row["share"]), _within(row["strength"], row["low"], row["high"], "{:+.2f}")]
             for row in found["ranking"]
         ]),
-        _table("Two and two", ["pair", "prompts", "votes", "share of the first", "verdict"], [
+        _table("Two and two", ["pair", "prompts", "first : equal : second", "first's share", "verdict"], [
             [
                 f"{row['a']} or {row['b']}", str(row["prompts"]), f"{row['a_votes']} : {row['tied']} : {row['b_votes']}",
                 _within(*row["share"].values(), "{:.0%}") if row["share"] else "", row["verdict"],
@@ -34,11 +34,12 @@ def show(found: Mapping[str, Any], path: Path) -> None:
         ]),
     )  # fmt: skip
     agreement = found["agreement"]
-    if agreement["alpha"] is None:
-        told = f"Agreement: {agreement['why']}."
+    if agreement["same"] is None:
+        told = "Agreement: no two raters voted on the same pair."
     else:
-        told = f"Agreement, Krippendorff's alpha: {_within(agreement['alpha'], agreement['low'], agreement['high'], '{:.2f}')}; "
-        told += "1 is full, 0 is chance."
+        told = f"Agreement: two raters say the same of {agreement['same']:.0%} of {agreement['pairs']} pairs"
+        alpha = _within(agreement["alpha"], agreement["low"], agreement["high"], "{:.2f}")
+        told += f"; Krippendorff's alpha {alpha} (1 is full, 0 is chance)." if alpha else ", and of all pairs alike."
     stop = f"{look['votes']:,} of {plan['votes']:,} planned votes are in. "
     stop += "Stop: every pair is decided, or too close to call." if found["stop"] else "Go on."
     for line in (told, *found["notes"], stop, f"Result: {path}"):
