@@ -71,7 +71,13 @@ def evaluation(
             _, groups = np.unique([prompt for prompt, _ in rows], return_inverse=True)
             estimate, low, high = bootstrap_mean(np.array([score for _, score in rows]), groups)
             values[one["name"]] = {"estimate": estimate, "low": low, "high": high, "count": len(rows), "notes": [], "parts": {}}
-        told[metric] = {"card": CARD | {"title": title, "better": better}, "values": values, "floor": floor, "ceiling": ceiling}
+        told[metric] = {
+            "card": CARD | {"title": title, "better": better},
+            "values": values,
+            "floor": floor,
+            "ceiling": ceiling,
+            "unknown": {},
+        }
     scores = {
         metric: {
             one["name"]: {(shot["prompt"], shot["seed"]): shot["scores"][metric] for shot in shots if shot["contestant"] == one["name"]}
@@ -84,7 +90,7 @@ def evaluation(
         one["pictures"] = sum(shot["contestant"] == one["name"] for shot in shots)
     result = {
         "contestants": contestants, "metrics": told,
-        "comparison": ab.compare(scores, {metric: better for metric, (_, better, _, _) in metrics.items()}),
+        "notes": [], "comparison": ab.compare(scores, {metric: better for metric, (_, better, _, _) in metrics.items()}),
         "recommended": recommended and {"contestant": recommended, "why": "The most of the character that still obeys."},
         "pareto": list(pareto), "prompts": [prompt for texts in prompts.values() for prompt in texts], "seeds": list(seeds),
         "settings": settings or {"embedder": "charworld", "metrics": {metric: {} for metric in metrics}},

@@ -22,7 +22,7 @@ def test_a_checkpoint_is_worth_its_gain():
 def test_metrics_have_the_names_that_all_loggers_share():
     metrics = as_metrics(scores(0.5), ANCHORS)
     assert metrics["identity/gain"] == pytest.approx(0.5) and metrics["value"] == pytest.approx(0.5)
-    assert {"identity/floor", "validation/base", "prompt_following/lora", "diversity/lora", "nearest_training_picture"} <= set(metrics)
+    assert {"identity/floor", "validation/base", "prompt_following/lora", "diversity/lora", "nearest_training_picture/lora"} <= set(metrics)
 
 
 def test_the_log_keeps_all_digits_and_is_cut_back(tmp_path):

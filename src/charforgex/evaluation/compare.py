@@ -235,7 +235,7 @@ def _groups(runs: Sequence[Run], what: Callable[[Run], Any]) -> list[list[Run]]:
 
 def _group(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
     """Values that may be read against each other, and between which ends."""
-    ends = {end: next((found for run in runs if (found := reading.anchor(run.result["metrics"][metric], end)) is not None), None)
+    ends = {end: next((found for run in runs if (found := run.result["metrics"][metric][end]) is not None), None)
             for end in ("floor", "ceiling")}  # fmt: skip
     return {"runs": [run.name for run in runs], "values": {run.name: run.value(metric) for run in runs}, **ends}
 

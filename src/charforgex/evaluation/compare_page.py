@@ -56,7 +56,7 @@ def _curves(found: Mapping[str, Any], runs: Sequence[Run]) -> list[dict[str, Any
                             series[run.name if len(lines) == 1 else f"{run.name}, {label}"] = points
                 if series:
                     title = reading.heading(metric["card"])
-                    levels = {end: reading.anchor(group, end) for end in ("floor", "ceiling")}
+                    levels = {end: group[end] for end in ("floor", "ceiling")}
                     svg = charts.curves(series, levels, along, f"{title} by {along}")
                     charted.append({"along": along, "title": title, "svg": svg, "key": list(series)})
     return charted

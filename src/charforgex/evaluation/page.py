@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("page.html")
 EMBEDDED = 8 * 2**20  # bytes of pictures in one page, about; the others are linked
 CELLS, ROWS = 240, 24  # pictures, and rows of them, in the contact sheets
+COLUMNS = 8  # of a single contestant's pictures
 SIDES = {4: 288, 8: 208}  # number of columns, up to which a thumbnail's longer side is so many pixels
 SMALLEST = 144
 SMALL = 129  # pixels, below which they are shown as the squares that they are
@@ -159,15 +160,15 @@ def bars(name: str, metric: Mapping[str, Any], contestants: Iterable[Mapping[str
             sides = [_place(value[side], ends) for side in ("low", "high")]
             row["low"], row["high"] = (None, None) if None in sides else sorted(sides)
         rows.append(row)
-    anchors = {end: reading.anchor(metric, end) for end in ("floor", "ceiling")}
-    marks = [(words, value, _place(value, ends)) for words, value in anchors.items()]
+    marks = [(end, metric[end], _place(metric[end], ends)) for end in ("floor", "ceiling")]
     known = reading.measured(metric)
     best = None
     if card["better"] != "neither" and len(known) > 1:
         best = (max if card["better"] == "higher" else min)(known, key=lambda contestant: known[contestant]["estimate"])
     return {
         "name": name, "card": card, "rows": rows, "of": {row["name"]: row["value"] for row in rows}, "best": best,
-        **anchors,
+        "floor": metric["floor"],
+        "ceiling": metric["ceiling"],
         "marks": [{"words": words, "said": reading.rounded(value, None), "at": at} for words, value, at in marks if at is not None],
     }  # fmt: skip
 
@@ -176,7 +177,7 @@ def axis(metric: Mapping[str, Any], values: Iterable[Mapping[str, Any]] | None =
     """The numbers at the left and right end of a metric's bars. The better side is right, whichever direction that is."""
     values = list(reading.measured(metric).values() if values is None else values)
     numbers = [value[end] for value in values for end in ("estimate", "low", "high")]
-    floor, ceiling = (reading.anchor(metric, end) for end in ("floor", "ceiling"))
+    floor, ceiling = metric["floor"], metric["ceiling"]
     known = [number for number in (*numbers, floor, ceiling) if number is not None]
     if not known:
         return None
@@ -247,11 +248,13 @@ def notes(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """What was noted of values -> of which metric and contestants."""
     found: dict[str, dict[str, list[str]]] = {}
     for metric in result["metrics"].values():
+        for end, why in metric["unknown"].items():
+            found.setdefault(f"no {end}: {why}", {})[reading.heading(metric["card"])] = [one["name"] for one in result["contestants"]]
         for contestant, value in metric["values"].items():
             for note in [value["why"]] if "why" in value else value.get("notes", ()):
                 found.setdefault(note, {}).setdefault(reading.heading(metric["card"]), []).append(contestant)
     everyone = len(result["contestants"])
-    return [
+    return [(note, []) for note in result["notes"]] + [
         (note, [heading if len(who) == everyone else f"{heading} of {', '.join(who)}" for heading, who in where.items()])
         for note, where in found.items()
     ]
@@ -303,8 +306,7 @@ def points(line: Iterable[Mapping[str, Any]], known: Mapping[str, Mapping[str, A
 def levels(metric: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, float | None]:
     known = reading.measured(metric)
     bases = {one["name"]: known[one["name"]]["estimate"] for one in result["contestants"] if one["kind"] == "base" and one["name"] in known}
-    anchors = {end: reading.anchor(metric, end) for end in ("floor", "ceiling")}
-    return {**anchors, **({"base": next(iter(bases.values()))} if len(bases) == 1 else {})}
+    return {"floor": metric["floor"], "ceiling": metric["ceiling"], **({"base": next(iter(bases.values()))} if len(bases) == 1 else {})}
 
 
 def _mark(result: Mapping[str, Any], along: str) -> float | None:
@@ -335,24 +337,53 @@ def _pareto(result: Mapping[str, Any]) -> Markup | None:
 
 
 def sheets(result: Mapping[str, Any], shots: Sequence[Row], thumbnails: Thumbnails) -> dict[str, Any]:
-    """Contact sheets by pack. The same prompt and seed stand side by side; of a single contestant, the seeds of a prompt."""
-    names = [one["name"] for one in result["contestants"]]
-    alone = len(names) == 1
-    rows: dict[tuple, dict[Any, str]] = {}
-    for shot in shots:
-        row = (shot["pack"], shot["prompt"], None if alone else shot["seed"])
-        rows.setdefault(row, {}).setdefault(shot["seed"] if alone else shot["contestant"], shot["file"])
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row)) if alone else names
-    columns = columns[:CELLS]
-    kept = _spread(list(rows), max(1, min(ROWS, CELLS // max(1, len(columns)))))
-    side = next((side for most, side in SIDES.items() if len(columns) <= most), SMALLEST)
-    packs: dict[str, list[dict[str, Any]]] = {}
-    for pack, prompt, seed in kept:
+    """Contact sheets by pack, with thumbnails."""
+    heads, packs, total = arranged([one["name"] for one in result["contestants"]], shots)
+    side = next((side for most, side in SIDES.items() if len(heads) <= most), SMALLEST)
+    told = {
+        pack: [
+            {"prompt": prompt, "seed": seed, "cells": [None if file is None else thumbnails(file, side) for file in files]}
+            for prompt, seed, files in rows
+        ]
+        for pack, rows in packs.items()
+    }
+    return {"side": side, "columns": heads, "packs": told, "shown": sum(map(len, packs.values())), "rows": total}
+
+
+def arranged(names: Sequence[str], shots: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[str, list[tuple]], int]:
+    """Which pictures are shown, and where: heads of columns, pack -> rows of a prompt, a seed and a file a column (None for none), and how
+    many rows there are in all. The same prompt and seed stand side by side; of a single contestant, the seeds of a prompt."""
+    if len(names) == 1:
+        columns, rows = _of_one(shots)
+        heads = [column.strip() for column in columns]
+    else:
+        columns, rows = list(names)[:CELLS], {}
+        for shot in shots:
+            rows.setdefault((shot["pack"], shot["prompt"], shot["seed"]), {}).setdefault(shot["contestant"], shot["file"])
+        heads = columns
+    packs: dict[str, list[tuple]] = {}
+    for pack, prompt, seed in _spread(list(rows), max(1, min(ROWS, CELLS // max(1, len(columns))))):
         files = rows[pack, prompt, seed]
-        cells = [{"file": files[column], **thumbnails(files[column], side)} if column in files else None for column in columns]
-        packs.setdefault(pack, []).append({"prompt": prompt, "seed": seed, "cells": cells})
-    heads = [f"seed {column}" for column in columns] if alone else columns
-    return {"side": side, "columns": heads, "packs": packs, "shown": len(kept), "rows": len(rows)}
+        packs.setdefault(pack, []).append((prompt, seed if len(names) > 1 else None, [files.get(column) for column in columns]))
+    return heads, packs, len(rows)
+
+
+def _of_one(shots: Iterable[Mapping[str, Any]]) -> tuple[list[str], dict[tuple, dict[str, str]]]:
+    """Columns and rows of a single contestant: a column a seed, or, where seeds are many or unknown, as many as there is room for."""
+    asked: dict[tuple, list[tuple[int | None, str]]] = {}
+    for shot in shots:
+        asked.setdefault((shot["pack"], shot["prompt"]), []).append((shot["seed"], shot["file"]))
+    seeds = list(dict.fromkeys(seed for files in asked.values() for seed, _ in files))
+    if None not in seeds and len(seeds) <= COLUMNS:
+        rows = {(*row, 0): {f"seed {seed}": file for seed, file in files} for row, files in asked.items()}
+        return [f"seed {seed}" for seed in seeds], rows
+    columns = [" " * place for place in range(min(COLUMNS, max(map(len, asked.values()))))]
+    rows = {
+        (*row, start): dict(zip(columns, (file for _, file in files[start : start + COLUMNS]), strict=False))
+        for row, files in asked.items()
+        for start in range(0, len(files), COLUMNS)
+    }
+    return columns, rows
 
 
 def _spread(rows: list[tuple], most: int) -> list[tuple]:

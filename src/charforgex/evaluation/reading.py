@@ -65,15 +65,9 @@ def share(number: float | None, floor: float | None, ceiling: float | None) -> f
     return (number - floor) / (ceiling - floor)
 
 
-def anchor(metric: Mapping[str, Any], end: str) -> float | None:
-    """The number of a metric's floor or ceiling, where it could be measured."""
-    found = metric[end]
-    return found.get("estimate") if isinstance(found, Mapping) else found
-
-
 def reached(number: float | None, metric: Mapping[str, Any]) -> float | None:
     """`share` of the way from the metric's floor to its ceiling."""
-    return share(number, anchor(metric, "floor"), anchor(metric, "ceiling"))
+    return share(number, metric["floor"], metric["ceiling"])
 
 
 def measured(metric: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

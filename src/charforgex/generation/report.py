@@ -14,7 +14,7 @@ from charforgex.runs import replace_atomic
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from charforgex.generation.settings import Settings
+    from charforgex.generation.settings import LoggerSettings
 
 MOST_COLUMNS, PAGE_HEIGHT = 8, 8000  # of a sheet; pixels
 
@@ -115,15 +115,15 @@ def _strengths(pictures: list[dict[str, Any]]) -> list[str]:
 # ---- loggers ----
 
 
-def start_wandb(settings: Settings, out: Path):
+def start_wandb(logger: LoggerSettings, out: Path, job_type: str = "generate"):
     """A W&B run, begun before any work is done so that a missing login stops at once. Raises ConfigError."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError('logger=wandb needs the package wandb; install it with: pip install "charforgex[wandb]"')
     import wandb
 
     try:
-        mode = "offline" if settings.logger.offline else None
-        return wandb.init(project=settings.logger.project, job_type="generate", mode=mode, dir=out)
+        mode = "offline" if logger.offline else None
+        return wandb.init(project=logger.project, job_type=job_type, mode=mode, dir=out)
     except wandb.errors.Error as error:
         raise ConfigError(f"logger=wandb cannot start: {error} Run `wandb login`, or say logger.offline=true.") from error
 

@@ -61,7 +61,7 @@ def generate(cfg: Any) -> dict[str, Any]:
     jobs = plan(templates, settings, trigger)
     out = create_run_dir(ROOT, "") if settings.out is None else settings.out
     out.mkdir(parents=True, exist_ok=True)
-    tracker = report.start_wandb(settings, out) if settings.logger.wandb else None
+    tracker = report.start_wandb(settings.logger, out) if settings.logger.wandb else None
     save_config(out, cfg)
     write_provenance(out, seed=jobs[0].seed, inputs={adapter.name: adapter.path for adapter in stack.adapters})
 

@@ -178,17 +178,18 @@ class Knowing:
 
 
 def as_metrics(scores: Scores, anchors: Anchors) -> dict[str, float]:
-    """The names that metrics.csv, TensorBoard and W&B share."""
+    """The names that metrics.csv, TensorBoard and W&B share, with those of an evaluation (`evaluation.trackers`)."""
     metrics = {
         "identity/lora": scores.identity, "identity/base": anchors.base, "identity/ceiling": anchors.ceiling,
         "identity/gain": anchors.gain(scores.identity), "prompt_following/lora": scores.prompt_following,
         "prompt_following/base": anchors.prompt_following, "diversity/lora": scores.diversity, "diversity/base": anchors.diversity,
-        "nearest_training_picture": scores.nearest, "validation/lora": scores.validation, "validation/base": anchors.validation,
+        "nearest_training_picture/lora": scores.nearest, "validation/lora": scores.validation, "validation/base": anchors.validation,
         "value": anchors.value(scores),
     }  # fmt: skip
     if anchors.floor is not None:
         metrics["identity/floor"] = anchors.floor
-    return metrics | {f"validation/{time}": loss for time, loss in scores.levels.items()} | scores.extra
+    extra = {f"{name}/{who}": number for who, of in (("lora", scores), ("base", anchors)) for name, number in of.extra.items()}
+    return metrics | {f"validation/{time}": loss for time, loss in scores.levels.items()} | extra
 
 
 def plain(item: Scores | Anchors) -> dict:
