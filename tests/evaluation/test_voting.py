@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from charforgex.errors import DataError
+from charforgex.config import bind
+from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation.ballots import read_ballots, read_key
 from charforgex.evaluation.gallery import Gallery, Shot
 from charforgex.evaluation.votes import analyse
@@ -132,6 +133,15 @@ def test_what_cannot_be_compared_is_told(tmp_path, galleries):
     with pytest.raises(DataError, match=r"other_plan-0-0\.png cannot be read"):
         write_page(galleries[:2], None, tmp_path)
     assert not (tmp_path / "vote.html").exists()
+
+
+def test_its_signature_is_the_schema_of_its_settings(tmp_path, galleries):
+    given = {"galleries": galleries, "references": None, "out": tmp_path}
+    bind(write_page, {"pairs": 3, "question": "Who?", "raters": 5, "margin": 0.05}, "vote", **given)
+    key = read_key(tmp_path)
+    assert (key.question, key.raters, key.margin, len(key.pairs)) == ("Who?", 5, 0.05, 3)
+    with pytest.raises(ConfigError, match=r"vote\.pairs=0 is out of range"):
+        bind(write_page, {"pairs": 0}, "vote", **given)
 
 
 # ---- in a browser ----
