@@ -94,6 +94,7 @@ def evaluation(
         "recommended": recommended and {"contestant": recommended, "why": "The most of the character that still obeys."},
         "pareto": list(pareto), "prompts": [prompt for texts in prompts.values() for prompt in texts], "seeds": list(seeds),
         "settings": settings or {"embedder": "charworld", "metrics": {metric: {} for metric in metrics}},
+        "command": ["charforgex evaluate", "lora=[a b.safetensors]"],
         "versions": {"charforgex": "0.5.0", "torch": "2.13"}, "seconds": {"draw": 1.0, "measure": 2.0}, "page": str(folder / "report.html"),
     }  # fmt: skip
     write_json(folder / "result.json", result)

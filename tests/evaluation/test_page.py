@@ -96,7 +96,12 @@ def test_its_numbers_are_the_results(whole):
     heart = result["metrics"]["memorisation"]["values"]["anna 400"]
     assert f"Did it learn pictures by heart? Some Learnt by heart {reading.said(heart)}" in text
     assert "Identity by step" in text and "The character against variety" in text
-    assert "sha256" in text and "torch 2.13" in text and "embedder = charworld" in text
+    assert (
+        "charforgex evaluate 'lora=[a b.safetensors]'" in text
+        and "sha256" in text
+        and "torch 2.13" in text
+        and "embedder = charworld" in text
+    )
 
 
 def test_hostile_words_stay_words(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -424,5 +425,6 @@ def _repeat(result: Mapping[str, Any]) -> dict[str, Any]:
     loras = {lora["sha256"]: lora for one in result["contestants"] for lora in one["loras"]}
     settings = [f"{name} = {value}" for name, value in reading.flat(result["settings"])]
     versions = [f"{name} {version}" for name, version in result["versions"].items() if version is not None]
-    told = {"command": result.get("command"), "loras": list(loras.values())}
+    program, *arguments = result["command"]
+    told = {"command": f"{program} {shlex.join(arguments)}", "loras": list(loras.values())}
     return told | {"settings": settings, "versions": versions, "seeds": ", ".join(map(str, result["seeds"]))}

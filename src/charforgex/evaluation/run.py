@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def run(cfg: Any) -> dict[str, Any]:
     """
     from rich.console import Console
 
-    from charforgex.evaluation import contestants, packs, results
+    from charforgex.evaluation import contestants, packs, results, trackers
     from charforgex.evaluation.metrics import registry
     from charforgex.evaluation.settings import Settings
 
@@ -88,6 +89,7 @@ def run(cfg: Any) -> dict[str, Any]:
     save_config(out, {**cfg, "references": character.source})
     inputs = {adapter.name: adapter.path for adapter in studio.stack.adapters} if studio is not None else {}
     write_provenance(out, seed=settings.seed, inputs=inputs)
+    tracker = trackers.start(settings.logger, out)
     tried = time.perf_counter() - started
 
     if studio is not None:
@@ -110,7 +112,11 @@ def run(cfg: Any) -> dict[str, Any]:
     result = _result(settings, cfg, entries, studio, metrics, measured, ends, notes)
     result["page"] = str(out / results.PAGE)
     result["seconds"] |= {"measure": tried + time.perf_counter() - drawn}
-    _write(out, result, entries, measured, settings)
+    shots = _write(out, result, entries, measured)
+    if settings.logger.tensorboard:
+        trackers.write_tensorboard(result, shots, out)
+    if tracker is not None:
+        trackers.finish_wandb(tracker, result, shots, out)
     from charforgex.evaluation.summary import show
 
     show(console, result)
@@ -362,6 +368,7 @@ def _result(
         "settings": plain | {name: value for name, value in used.items() if name != "versions"},
         "notes": list(notes),
         "objective": settings.objectives,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": versions(),
         "seconds": {
             "draw": studio.seconds if studio is not None else 0.0,
@@ -382,9 +389,9 @@ def _contestant(entry: Entry, studio: Studio | None) -> dict[str, Any]:
 
 
 def _write(
-    out: Path, result: Mapping[str, Any], entries: Sequence[Entry], measured: Mapping[str, Mapping[str, Value | str]], settings: Settings
-) -> None:
-    """shots.jsonl and result.json, the page, and what loggers get."""
+    out: Path, result: Mapping[str, Any], entries: Sequence[Entry], measured: Mapping[str, Mapping[str, Value | str]]
+) -> list[dict[str, Any]]:
+    """shots.jsonl, whose lines are returned, result.json and the page."""
     from charforgex.evaluation import results
     from charforgex.evaluation.page import write_page
 
@@ -403,6 +410,7 @@ def _write(
             )  # fmt: skip
     results.write(out, result, shots)
     write_page(result, shots, out / results.PAGE)
+    return shots
 
 
 if __name__ == "__main__":
