@@ -215,12 +215,12 @@ def _show_plan(console: Any, plan: Mapping[str, Any], character: Character, metr
     lacking, seconds = plan["pictures"] - plan["cached"], plan["seconds"]
     expected = "nothing" if not lacking else "not known before the first are drawn" if seconds is None else f"about {seconds / 60:.1f} min"
     for row in plan["rows"]:
-        console.print(f"  {escape(row['contestant'])}: {row['pictures']} pictures, {row['cached']} there", highlight=False)
+        console.print(f"  {escape(row['contestant'])}: {row['pictures']} pictures, {row['cached']} there", highlight=False, soft_wrap=True)
     sets = {"references": character.references, "training": character.training, "others": character.others}
     told = ", ".join(f"{name} {len(gallery) if gallery else 'none'}" for name, gallery in sets.items())
-    console.print(f"  [bold]to draw[/bold] {lacking}, {expected}; {told}; {', '.join(metrics)}", highlight=False)
+    console.print(f"  [bold]to draw[/bold] {lacking}, {expected}; {told}; {', '.join(metrics)}", highlight=False, soft_wrap=True)
     for note in notes:
-        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False, soft_wrap=True)
 
 
 def _try(metrics: Mapping[str, Metric], character: Character) -> None:

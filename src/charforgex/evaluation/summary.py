@@ -18,15 +18,33 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
     """Numbers with their 95 % intervals, between floor and ceiling."""
     names = [one["name"] for one in result["contestants"]]
     console.print(_by_metric(result, names) if len(names) <= FEW else _by_contestant(result, names))
+    for why, whose in reasons(result).items():
+        _say(console, f"[yellow]{escape('; '.join(whose))}: {escape(why)}[/yellow]")
     if result["recommended"]:
         told = result["recommended"]
-        console.print(f"[bold]{escape(told['contestant'])}[/bold] {escape(told['why'])}.", highlight=False)
+        _say(console, f"[bold]{escape(told['contestant'])}[/bold] {escape(told['why'])}.")
     seconds = result["seconds"]
     speed = f", {seconds['drawn'] / seconds['draw']:.2f} a second" if seconds["drawn"] else ""
-    console.print(
-        f"{seconds['drawn']} pictures drawn in {seconds['draw']:.1f} s{speed}; measured in {seconds['measure']:.1f} s", highlight=False
-    )
-    console.print(f"report    {escape(result['page'])}", soft_wrap=True, highlight=False)
+    _say(console, f"{seconds['drawn']} pictures drawn in {seconds['draw']:.1f} s{speed}; measured in {seconds['measure']:.1f} s")
+    _say(console, f"report    {escape(result['page'])}")
+
+
+def reasons(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Why numbers are lacking -> whose they would be: metrics, with the contestants where it is not all of them."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for metric in result["metrics"].values():
+        for contestant, value in metric["values"].items():
+            if "why" in value:
+                found.setdefault(value["why"], {}).setdefault(reading.heading(metric["card"]), []).append(contestant)
+    everyone = len(result["contestants"])
+    return {
+        why: [metric if len(who) == everyone else f"{metric} of {', '.join(who)}" for metric, who in whose.items()]
+        for why, whose in found.items()
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def _by_metric(result: Mapping[str, Any], names: list[str]) -> Table:
@@ -49,6 +67,4 @@ def _by_contestant(result: Mapping[str, Any], names: list[str]) -> Table:
 
 
 def _cell(value: Mapping[str, Any]) -> str:
-    if "why" in value:
-        return f"[yellow]{escape(value['why'])}[/yellow]"
-    return reading.with_interval(value).replace(" (", "\n(")
+    return "–" if "why" in value else reading.with_interval(value).replace(" (", "\n(")
