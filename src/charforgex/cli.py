@@ -27,10 +27,11 @@ COMMANDS = {
     "evaluate": ("charforgex.evaluation.run:evaluate", "is it the character, does it obey, which is better: numbers with pictures"),
     "merge": ("charforgex.merging.run:merge", "several LoRAs to one, without a base model"),
     "compare": ("charforgex.evaluation.compare:compare", "evaluations and trainings side by side, as far as they can be compared"),
+    "bench": ("charforgex.training.bench:bench", "bench characters: is a change of the training a better one?"),
     "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
 # What may stand alone on the command line, by its end, and its setting
-FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes"), "compare": ("", "runs")}
+FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"), "bench": ("", "suite")}
 # Hydra's flags that a word follows
 FLAGS = ["--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"]
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
