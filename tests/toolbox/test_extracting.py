@@ -180,7 +180,16 @@ def spectra():
     low = torch.randn(700, 20, generator=generator) @ torch.randn(20, 900, generator=generator)
     many = torch.randn(700, 45, generator=generator) @ torch.randn(45, 900, generator=generator)
     slow = (left * torch.arange(1, 701) ** -0.5) @ right
-    return {"flat": flat, "slow": slow, "low": low + 1e-3 * flat, "more than wanted": many, "tall": slow.T.contiguous()}
+    few = low[:, :1] @ torch.randn(1, 900, generator=generator)
+    return {
+        "flat": flat,
+        "slow": slow,
+        "low": low + 1e-3 * flat,
+        "few": few / 10 + flat,
+        "fewer": 10 * few + flat,
+        "more than wanted": many,
+        "tall": slow.T.contiguous(),
+    }
 
 
 def test_leading_directions_are_within_a_thousandth_of_the_best():

@@ -226,7 +226,7 @@ def leading_spectrum(change: Tensor, rank: int, generator: torch.Generator) -> S
         squares, vectors = torch.linalg.eigh(images.T.double() @ images.double())
         gains.append(float(squares[-rank:].sum()) - held)
         held += gains[-1]
-        if len(gains) > 1:
+        if len(gains) > 3:  # the first ones are the strong directions' and say nothing of a flat rest
             ratio = min(max(gains[-1] / gains[-2], 0.0), 0.95) if gains[-2] > 0 else 0.0
             coming = gains[-1] * ratio / (1 - ratio)
             if coming <= max(SETTLED * (total - held), FLOAT32 * total):  # half of what SETTLED allows: gains may fall more slowly
