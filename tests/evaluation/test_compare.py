@@ -110,7 +110,7 @@ def test_the_command_writes_a_page_a_table_and_json(tmp_path, capsys):
     found = compare.compare(compose("compare", [f"runs=[{runs}]", f"out={tmp_path / 'out'}"]))
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == json.loads(json.dumps(found))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "two better" in printed and "Not comparable, one and t" in printed and "compare.html" in printed
+    assert "two better than one in 8 of 8 prompts" in printed and "Not comparable, one and t" in printed and "compare.html" in printed
     reader = Reader((tmp_path / "out" / "compare.html").read_text())
     assert "one against two" in reader.text and "Identity by step" in reader.text and "Not comparable" in reader.text
     assert len(reader.all("img")) == 2 * 16 and all(image["src"].startswith("data:") for image in reader.all("img"))

@@ -124,7 +124,7 @@ def test_what_is_lacking_is_said(tmp_path):
     means = {"anna": {"identity": 0.7, "attributes": 0.8}}
     result, shots = made_up.evaluation(tmp_path, means, [made_up.contestant("anna", "folder", scale=None)], {"": ["a girl"]}, seeds=(3, 4))
     assert result["comparison"] is None and result["metrics"]["identity"]["values"]["anna"]["low"] is None
-    result["metrics"]["attributes"]["floor"] = None
+    result["metrics"]["attributes"] |= {"floor": None, "ceiling": None}
     (tmp_path / shots[0]["file"]).write_bytes(b"no picture")
     reader = written(tmp_path, result, shots)
     assert "Answers are for anna" in reader.text and "there are no references" in reader.text

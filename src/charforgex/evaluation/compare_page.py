@@ -24,7 +24,7 @@ def write_page(found: Mapping[str, Any], runs: Sequence[Run], out: Path) -> Path
     cards = {name: metric["card"] for name, metric in found["metrics"].items()}
     thumbnails = page.Thumbnails(out.parent)
     return write_atomic(out, render(
-        TEMPLATE, **page.WORDS, title=" and ".join(run["name"] for run in found["runs"]), found=found, metrics=metrics,
+        TEMPLATE, **page.WORDS, title=page.together([run["name"] for run in found["runs"]]), found=found, metrics=metrics,
         legend={name: {"name": name, "card": card} for name, card in cards.items()}, sheets=_sheets(runs, thumbnails),
         comparison=page.paired(found["comparison"], cards, found["runs"][0]["name"]), curves=_curves(found, runs), thumbnails=thumbnails,
     ))  # fmt: skip
@@ -36,7 +36,7 @@ def _metric(name: str, metric: Mapping[str, Any], found: Mapping[str, Any]) -> d
         page.bars(name, {"card": metric["card"], **group}, [{"name": run, "kind": ""} for run in group["runs"]])
         for group in metric["groups"]
     ]  # fmt: skip
-    reasons = [f"{' and '.join(one['runs'])}: {one['why']}" for one in found["not_compared"] if one["metric"] == name]
+    reasons = [f"{page.together(one['runs'])}: {one['why']}" for one in found["not_compared"] if one["metric"] == name]
     return {"name": name, "card": metric["card"], "groups": groups, "reasons": reasons}
 
 
@@ -94,20 +94,22 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         cells = []
         for run in found["runs"]:
             number, group = next(((i, one) for i, one in enumerate(metric["groups"]) if run["name"] in one["runs"]), (0, None))
-            told = "" if group is None else reading.with_interval(group["values"][run["name"]])
+            told = "" if group is None else reading.with_interval(group["values"][run["name"]]).replace(" (", "\n(")
             cells.append(escape(f"[{told}]" if number else told))
         table.add_row(escape(metric["card"]["title"]), *cells)
     console.print(table)
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in found["not_compared"]:
-        reasons.setdefault((" and ".join(one["runs"]), one["why"]), []).append(found["metrics"][one["metric"]]["card"]["title"])
+        reasons.setdefault((page.together(one["runs"]), one["why"]), []).append(found["metrics"][one["metric"]]["card"]["title"])
     for (who, why), titles in reasons.items():
         console.print(f"[yellow]Not comparable[/yellow], {escape(who)}: {escape(why)} ({escape(', '.join(titles))})", soft_wrap=True)
     for row in (found["comparison"] or {"rows": []})["rows"]:
         if row["better"]:
             title = found["metrics"][row["metric"]]["card"]["title"]
-            wins = f"{row['prompts_won']} prompts won and {row['prompts_lost']} lost of {row['prompts']} by {row['a']}"
-            told = f"{title}: {row['verdict']} ({wins}, p = {row['p_holm']:.2g})"
+            won = row if row["better"] == row["a"] else page.turned(row)
+            told = (
+                f"{title}: {won['a']} better than {won['b']} in {won['prompts_won']} of {won['prompts']} prompts (p = {won['p_holm']:.2g})"
+            )
             console.print(escape(told), soft_wrap=True, highlight=False)
     changed = [one["name"] for one in found["settings"]]
     if changed:

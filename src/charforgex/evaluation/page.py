@@ -26,6 +26,7 @@ COLUMNS = 8  # of a single contestant's pictures
 SIDES = {4: 288, 8: 208}  # number of columns, up to which a thumbnail's longer side is so many pixels
 SMALLEST = 144
 SMALL = 129  # pixels, below which they are shown as the squares that they are
+NAMED = 3  # contestants that the title tells by name
 WORST = 6  # pictures of each metric
 PAIRS = 24  # rows of paired comparisons that stand open
 Row = dict[str, Any]
@@ -91,8 +92,13 @@ def write_page(result: Mapping[str, Any], shots: Iterable[Mapping[str, Any]], ou
 
 
 def title(result: Mapping[str, Any]) -> str:
-    names = [one["name"] for one in result["contestants"] if one["kind"] != reading.BASE]
-    return f"Evaluation of {names[0]}" if len(names) == 1 else f"Evaluation of {len(names)} contestants"
+    names = [one["name"] for one in result["contestants"] if one["kind"] != reading.BASE] or ["the base model"]
+    return f"Evaluation of {together(names) if len(names) <= NAMED else f'{len(names)} contestants'}"
+
+
+def together(names: Sequence[str]) -> str:
+    """Names as a sentence lists them."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 # ---- answers in words ----
@@ -132,8 +138,9 @@ def _success(name: str, value: Mapping[str, Any], metric: Mapping[str, Any], bas
     found = reading.reached(value["estimate"], metric)
     if found is not None:
         return found, f"{_percent(value, metric)} of the way from floor to ceiling"
-    if base and metric["card"]["better"] == "higher":
-        return value["estimate"] / base, f"{100 * value['estimate'] / base:.0f} % of what the base model has"
+    for known, whose in ((base, "the base model has"), (metric["ceiling"], "real pictures have")):
+        if known and metric["card"]["better"] == "higher":
+            return value["estimate"] / known, f"{100 * value['estimate'] / known:.0f} % of what {whose}"
     return None, "there is nothing measured to read it against"
 
 
@@ -142,7 +149,8 @@ def _percent(value: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     ends = [reading.reached(value[end], metric) for end in ("estimate", "low", "high")]
     step = 1 if None in ends or abs(ends[2] - ends[1]) < 0.2 else 5
     estimate, *interval = [None if end is None else step * round(100 * end / step) for end in ends]
-    return f"{estimate} %" if None in interval else f"{estimate} % ({min(interval)} to {max(interval)} %)"
+    told = f"{estimate} %" if None in interval else f"{estimate} % ({min(interval)} to {max(interval)} %)"
+    return told.replace("-", "−")
 
 
 # ---- numbers ----
@@ -405,7 +413,11 @@ def worst(result: Mapping[str, Any], shots: Sequence[Row], thumbnails: Thumbnail
     for metric, told in result["metrics"].items():
         better = told["card"]["better"]
         scored = [(shot["scores"][metric], shot) for shot in shots if shot["contestant"] == name and shot["scores"].get(metric) is not None]
-        if better == "neither" or len({score for score, _ in scored}) < 2:
+        if better == "neither" or not scored:
+            continue
+        best = (max if better == "higher" else min)(score for score, _ in scored)
+        count, scored = len(scored), [(score, shot) for score, shot in scored if score != best]
+        if not scored:
             continue
         scored.sort(key=lambda pair: (pair[0] if better == "higher" else -pair[0], str(pair[1]["file"])))
         pictures = []
@@ -416,7 +428,7 @@ def worst(result: Mapping[str, Any], shots: Sequence[Row], thumbnails: Thumbnail
                 "picture": thumbnails(shot["file"], SMALLEST + 32),
                 "nearest": thumbnails(nearest, SMALLEST + 32) if nearest and metric in reading.MEMORY else None,
             })  # fmt: skip
-        found.append({"title": reading.heading(told["card"]), "better": better, "pictures": pictures, "count": len(scored)})
+        found.append({"title": reading.heading(told["card"]), "better": better, "pictures": pictures, "count": count})
     return found
 
 
