@@ -1,6 +1,7 @@
 """FID, KID and the manifold measures: by hand, against scipy and torchmetrics, and where they must not care."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,13 +52,27 @@ def test_fid_is_what_matrices_in_float64_give(n, m, width):
 def test_fid_of_few_pictures_and_by_the_streamed_factor_are_one_number(monkeypatch):
     """With fewer pictures than numbers the rows themselves are the factor; with more, one of D x D is built block by block."""
     one, other = sets(30, 45, 64)
-    padded = [np.concatenate([x, x.mean(0) + np.zeros((100, 64))]) for x in (one, other)]  # does not change mean or sum of squares
-    scale = [math.sqrt((len(p) - 1) / (len(x) - 1)) for p, x in zip(padded, (one, other), strict=True)]
+    assert moments(one).factor.shape == (29, 64)
+    padded = [np.concatenate([x, x.mean(0) + np.zeros((100, 64))]) for x in (one, other)]  # changes neither mean nor sum of squares
     monkeypatch.setattr(distribution, "BLOCK", 16)
-    streamed = [moments(p) for p in padded]
+    streamed = [replace(moments(p), count=len(x)) for p, x in zip(padded, (one, other), strict=True)]
     assert streamed[0].factor.shape == (64, 64)
-    streamed = [distribution.Moments(s.mean, s.factor * k) for s, k in zip(streamed, scale, strict=True)]
     assert frechet(*streamed) == pytest.approx(fid(one, other), rel=1e-10)
+
+
+def test_the_fast_way_to_fid_is_taken_only_where_it_is_right(monkeypatch):
+    """Variances over twelve decades: the smallest of the eigenvalues, which the fast way takes roots of, are rounding."""
+    one, other = (x * np.logspace(0, -7, 40) for x in sets(200, 300, 40))
+    other = one + 0.01 * other[:200]
+    right = fid(one, other)
+    monkeypatch.setattr(distribution, "DIGITS", math.inf)
+    assert 1e-11 < abs(fid(one, other) / right - 1) < 1e-3, "what would be wrong"
+    monkeypatch.setattr(distribution, "DIGITS", 0.0)
+    assert fid(one, other) == right, "singular values were what was taken"
+    few = [x[:50] for x in sets(200, 300, 64)]
+    slow = fid(*few)
+    monkeypatch.undo()
+    assert fid(*few) == pytest.approx(slow, rel=1e-12)
 
 
 def test_fid_of_directions_without_variance_is_exact():
