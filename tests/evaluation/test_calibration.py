@@ -53,6 +53,16 @@ def test_the_base_lends_its_prompts_to_references_without():
     assert sorted(shuffled.prompts) == sorted(gallery(2).prompts)
 
 
+def test_the_character_everywhere_is_what_leakage_is_at_worst():
+    base = Gallery("base", [replace(shot, pack="leakage") for shot in gallery(2, 8).shots])
+    told = case(base=base)
+    ends = calibrate(load({"leakage": {}}), told)["leakage"]
+    assert ends["ceiling"].estimate == 0 and ends["floor"].parts["share"] == pytest.approx(1, abs=0.05)
+    shown = Sets(told)["everywhere"]
+    assert [shot.picture for shot in shown.shots[6:]] == [shot.picture for shot in told.references.shots[:2]]
+    assert calibrate(load({"leakage": {}}), case())["leakage"]["floor"] == "there are no pictures of the base"
+
+
 def test_others_are_shown_as_if_asked_for():
     named = strangers(3, people=("somebody",))
     assert [shot.people for shot in Sets(case(others=named))["others"].shots] == [()] * 3

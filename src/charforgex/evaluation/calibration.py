@@ -41,12 +41,16 @@ def _measured(metric: Metric, which: str | None, sets: Sets) -> Value | str | No
 
 
 class Sets:
-    """Galleries by name, each made once: "real", "others", "shuffled", "noise", "training", "base". Raises DataError where one cannot."""
+    """Galleries by name, each made once: "real", "others", "shuffled", "noise", "everywhere", ... Raises DataError where one cannot."""
 
     def __init__(self, case: Case):
         self.case, self._made = case, {}
         self._makers: dict[str, Callable[[], Gallery]] = {
-            "real": lambda: case.references, "others": self._others, "shuffled": self._shuffled, "noise": self._noise,
+            "real": lambda: case.references,
+            "others": self._others,
+            "shuffled": self._shuffled,
+            "noise": self._noise,
+            "everywhere": self._everywhere,
             "training": lambda: self._given(case.training, "training pictures"),
             "base": lambda: self._given(case.base, "pictures of the base"),
         }  # fmt: skip
@@ -94,6 +98,15 @@ class Sets:
                 key = f"noise {width} x {height} {shot.prompt} {shot.seed} {count[shot.pack]}"
                 shots.append(replace(shot, picture=noise(width, height, key), key=key, people=()))
         return Gallery("noise", shots, source.cache)
+
+    def _everywhere(self) -> Gallery:
+        """The references, over and over, in place of the base's pictures: as if nothing else could be drawn any more."""
+        base, references = self["base"], self.case.references.shots
+        if not references:
+            raise DataError("there are no references")
+        shown = [references[i % len(references)] for i in range(len(base))]
+        shots = [replace(shot, picture=one.picture, key=one.key) for shot, one in zip(base.shots, shown, strict=True)]
+        return Gallery("everywhere", shots, base.cache)
 
 
 def deranged(prompts: Sequence[str]) -> list[str]:

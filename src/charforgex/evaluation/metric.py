@@ -60,8 +60,8 @@ class Metric(Protocol):
     the order of shots, batches and workers.
 
     `floor` and `ceiling` name the sets of `calibration.py` between which the number is read: "others", "real", "shuffled", "noise",
-    "training", "base"; None where there is none. A metric about one prompt pack has its name in `pack`; others, which have none, are asked
-    about the pictures for which the character was called.
+    "training", "base", "everywhere"; None where there is none. A metric about one prompt pack has its name in `pack`; others, which have
+    none, are asked about the pictures for which the character was called.
     """
 
     name: ClassVar[str]

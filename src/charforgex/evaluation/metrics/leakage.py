@@ -21,7 +21,7 @@ class Leakage(Likeness):
 
     name: ClassVar[str] = "leakage"
     pack: ClassVar[str] = "leakage"
-    floor: ClassVar[None] = None
+    floor: ClassVar[str] = "everywhere"
     ceiling: ClassVar[str] = "base"
     card: ClassVar[Card] = Card(
         title="leakage",
