@@ -179,3 +179,14 @@ def test_quick_lora_reports_ratios_of_files_and_names_what_it_skips():
 def test_a_kohya_checkout_that_is_none_is_refused_at_once(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "lora.py", "--quick", "--kohya", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and "networks/svd_merge_lora.py is no file" in done.stderr
+
+
+def test_quick_evaluation_reports_its_ratio_and_that_both_sides_agree():
+    command = [sys.executable, ROOT / "benchmarks" / "evaluation.py", "--quick", "--part", "fid"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"} and report["benchmark"] == "evaluation"
+    told = report["values"]["fid"]["500"]
+    assert report["ratios"]["fid_vs_torchmetrics.500"] == pytest.approx(told["cpu_seconds"]["ours"] / told["cpu_seconds"]["torchmetrics"])
+    assert told["value"]["ours"] == pytest.approx(told["value"]["torchmetrics"], rel=1e-6)
