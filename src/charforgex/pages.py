@@ -54,17 +54,24 @@ def render(template: Path, **values: Any) -> str:
 
 def embedded(picture: Image, side: int) -> Markup:
     """A picture as the `src` of an <img>. One larger than `side` pixels is reduced, a smaller one stays as it was made."""
-    from markupsafe import Markup
     from PIL.Image import Resampling
 
     scale = side / max(picture.size)
     data = io.BytesIO()
-    if scale < 1:
-        size = tuple(max(1, round(length * scale)) for length in picture.size)
-        picture = picture.convert("RGB").resize(size, Resampling.LANCZOS, reducing_gap=2)
-        picture.save(data, "JPEG", quality=80, optimize=True)
-        kind = "jpeg"
-    else:
+    if scale >= 1:
         picture.convert("RGB").save(data, "PNG", optimize=True)
-        kind = "png"
-    return Markup(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")  # letters, digits and + / =
+        return as_png(data.getvalue())
+    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    picture.convert("RGB").resize(size, Resampling.LANCZOS, reducing_gap=2).save(data, "JPEG", quality=80, optimize=True)
+    return _source(data.getvalue(), "jpeg")
+
+
+def as_png(data: bytes) -> Markup:
+    """A PNG file's content as the `src` of an <img>."""
+    return _source(data, "png")
+
+
+def _source(data: bytes, kind: str) -> Markup:
+    from markupsafe import Markup
+
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")  # letters, digits and + / =

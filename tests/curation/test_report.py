@@ -18,9 +18,9 @@ from charforgex.curation.analysis import AnalysisSettings, Limit, analyse
 from charforgex.curation.facts import ANSWERS
 from charforgex.curation.items import CLASSES, Face, Finding, Verdict
 from charforgex.curation.manifest import Manifest, from_folder
-from charforgex.curation.page import text
 from charforgex.curation.report import HTML, JSON, VERSION, funnel, header, read, row, select, set_captions, summary, write
 from charforgex.errors import DataError
+from charforgex.pages import text
 
 EVIL = "</figcaption><script>alert(\"1\")</script><img src=x onerror=alert(2)>\u202egnp.exe\x07' onload='x"
 VOID = {"meta", "img", "input", "rect", "line", "circle", "polyline", "br"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,31 +12,17 @@ from typing import Any, TextIO
 from PIL import Image
 
 from charforgex.curation.items import CLASSES
+from charforgex.pages import POLICY, STYLE, text
 
 SIDE = 240  # pixels of a thumbnail's longer side
 JPEG = {"format": "JPEG", "quality": 78, "optimize": True}
-JOINERS = "\u200c\u200d"  # invisible, but emoji and some scripts are written with them
-LONGEST = 1200  # characters of one text that are shown
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-STYLE = Path(__file__).with_name("page.css")
+OWN_STYLE = Path(__file__).with_name("page.css")
 
 TITLES = {
     "framing": "Framing", "yaw": "Looking", "pitch": "Head up or down", "expression": "Expression", "hair": "Hair", "garment": "Clothes",
     "background": "Background", "lighting": "Light", "colour": "Colour",
 }  # fmt: skip
 Thumbnail = Callable[[str], Image.Image | None]
-
-
-def text(value: object) -> str:
-    """A text as HTML, also within quotes; what is invisible or turns the direction of writing is spelled out."""
-    found = str(value)
-    found = found if len(found) <= LONGEST else f"{found[:LONGEST]}…"
-    return html.escape("".join(letter if _visible(letter) else ascii(letter)[1:-1] for letter in found))
-
-
-def _visible(letter: str) -> bool:
-    return letter in JOINERS or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
 
 
 def write_page(
@@ -47,10 +32,11 @@ def write_page(
     """Writes the page piece by piece; one thumbnail is in memory at a time."""
     classes, steps = report["classes"], report["funnel"]
     title = text(report["title"])
+    style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, OWN_STYLE))
     file.write(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}"><meta name="referrer" content="no-referrer">'
-        f"<title>{title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>\n<h1>{title}</h1>"
+        f"<title>{title}</title><style>{style}</style></head><body><main>\n<h1>{title}</h1>"
         f'<p class="lead">{steps[-1]["count"]:,} of {steps[0]["count"]:,} files are kept{_sides(report["split"])}</p>\n'
         f"{_funnel(steps)}\n<nav>"
         '<a href="#advice">What to do</a><a href="#kept">Kept</a><a href="#mix">Composition</a><a href="#quality">Quality</a>'

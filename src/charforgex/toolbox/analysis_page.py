@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +86,12 @@ def _cosines(axes, pair: Mapping[str, Any]) -> None:
 
 def write_page(analysis: Mapping[str, Any], picture: Path, path: Path) -> None:
     """Names in it come from files of strangers; the template escapes all of them."""
-    from jinja2 import Environment
+    from charforgex.pages import as_png, render
 
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    write_atomic(path, template.render(
-        title=" and ".join(file["name"] for file in analysis["files"]), analysis=analysis, top=TOP, share=_share,
+    write_atomic(path, render(
+        TEMPLATE, title=" and ".join(file["name"] for file in analysis["files"]), analysis=analysis, top=TOP, share=_share,
         largest=lambda file: sorted(file["layers"].items(), key=lambda item: -item[1]["norm"])[:TOP],
-        picture=base64.b64encode(picture.read_bytes()).decode(),
+        picture=as_png(picture.read_bytes()),
     ))  # fmt: skip
 
 
