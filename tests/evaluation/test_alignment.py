@@ -8,7 +8,7 @@ from PIL import Image
 
 from charforgex.charworld import drawing, models, world
 from charforgex.errors import ModelError
-from charforgex.evaluation.alignment import CharworldFollower, clip_score, get_follower
+from charforgex.evaluation.alignment import CharworldFollower, calls, clip_score, get_follower
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,11 @@ def test_clip_score_by_hand():
     seen, read = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]])
     assert clip_score(seen, read).tolist() == pytest.approx([60, 60, 0])
     assert clip_score(seen.numpy(), read.numpy()).tolist() == pytest.approx([60, 60, 0])
+
+
+def test_a_name_is_a_word():
+    assert calls("a portrait of Ann, smiling", "ann") and calls("ann lee", "Ann Lee")
+    assert not calls("annoyed", "ann") and not calls("joann", "ann")
 
 
 def test_any_clip_of_transformers_scores(tmp_path, follower):

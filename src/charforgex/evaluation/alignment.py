@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
-from charforgex.charworld.judge import Judge
 from charforgex.charworld.world import read_prompt
-from charforgex.embedders import get_clip, to_pixels
 
-Array = TypeVar("Array", Tensor, np.ndarray)
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from charforgex.charworld.judge import Judge
+
+Array = TypeVar("Array", "Tensor", np.ndarray)
+
+
+def calls(prompt: str, name: str) -> bool:
+    """Whether a name stands in a prompt, as words and not as a part of one; capitals do not matter."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def clip_score(seen_ND: Array, read_ND: Array) -> Array:
@@ -23,6 +31,8 @@ def clip_score(seen_ND: Array, read_ND: Array) -> Array:
 
 def answers(judge: Judge, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, bool]]:
     """For each picture, which of the attributes that its prompt asks for charworld's judge reads off it."""
+    from charforgex.embedders import to_pixels
+
     shown = judge.read(to_pixels(pictures, 64))
     return [
         {name: reading[name] == value for name, value in read_prompt(prompt).items()}
@@ -46,6 +56,8 @@ class ClipFollower:
     """`clip_score` by any CLIP of transformers."""
 
     def __init__(self, source: str):
+        from charforgex.embedders import get_clip
+
         self.name, self.clip = source, get_clip(source)
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -47,6 +47,13 @@ def test_who_is_not_named_is_the_character(three):
     assert METRIC(Gallery("alone", alone), three).rows.tolist() == [0, 1]
 
 
+def test_prompts_say_who_is_asked_for(three):
+    shot = side_by_side(1, 2, asked=(1, 2))
+    prompts = {"Mivo and tesa at the beach": 0, "mivo at the beach": 0.5, "somebody, tesaurus": 0.5, "buri": 1}
+    said = [Shot(shot.picture, prompt) for prompt in prompts]
+    assert METRIC(Gallery("said", said), three).rows.tolist() == list(prompts.values())
+
+
 def test_references_are_not_compared_with_themselves(three):
     assert METRIC(three.references, three).estimate == 0
     copied = case(references=three.references, others=Gallery("one", [Shot(three.references.shots[0].picture, people=("tesa",))]))

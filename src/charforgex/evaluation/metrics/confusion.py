@@ -9,6 +9,7 @@ import numpy as np
 
 from charforgex.curation.faces import FaceSettings
 from charforgex.errors import DataError
+from charforgex.evaluation.alignment import calls
 from charforgex.evaluation.gallery import Gallery, Shot
 from charforgex.evaluation.identity import mix_up, similarity
 from charforgex.evaluation.metric import Card, Case, Value, mean_value
@@ -84,8 +85,8 @@ class Confusion:
 
     @staticmethod
     def _asked(shot: Shot, people: list[str]) -> list[int]:
-        """Who of `people` was asked for: the character where nobody is named. Raises DataError."""
+        """Who of `people` was asked for: by the shot, else by name in its prompt, else the character. Raises DataError."""
         unknown = [name for name in shot.people if name not in people]
         if unknown:
             raise DataError(f"{shot.name} asks for {unknown[0]}, of whom there are no pictures; there are {', '.join(people)}")
-        return [people.index(name) for name in shot.people] or [0]
+        return [people.index(name) for name in shot.people] or [i for i, name in enumerate(people) if calls(shot.prompt, name)] or [0]

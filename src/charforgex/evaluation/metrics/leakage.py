@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from charforgex.errors import DataError
+from charforgex.evaluation.alignment import calls
 from charforgex.evaluation.gallery import Gallery
 from charforgex.evaluation.likeness import Likeness
 from charforgex.evaluation.metric import Card, Case, Value, mean_value
@@ -35,8 +35,7 @@ class Leakage(Likeness):
 
     def __call__(self, gallery: Gallery, case: Case) -> Value:
         own, base, places = paired(gallery, case, self.pack)
-        called = re.compile(rf"(?<!\w){re.escape(case.trigger)}(?!\w)", re.IGNORECASE) if case.trigger else None
-        calling = [shot.prompt for shot in own.shots if called and called.search(shot.prompt)]
+        calling = [shot.prompt for shot in own.shots if case.trigger and calls(shot.prompt, case.trigger)]
         if calling:
             raise DataError(f'"{calling[0]}" calls the character by {case.trigger}; prompts of the pack leakage must not')
         with_lora, notes = self.scores(own, case)
