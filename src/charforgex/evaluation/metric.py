@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -38,6 +39,7 @@ class Value:
     rows: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     parts: dict[str, float] = field(default_factory=dict)
+    nearest: tuple[Path | None, ...] | None = None  # a file for each shot to be looked at beside it: the training picture that it is like
 
 
 @dataclass(frozen=True)

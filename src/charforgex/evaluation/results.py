@@ -154,4 +154,8 @@ def spread(value: Value | str, places: Sequence[int], count: int) -> Value | str
 
     rows = np.full(count, np.nan)
     rows[list(places)] = value.rows
-    return replace(value, rows=rows)
+    nearest = None
+    if value.nearest is not None:
+        known = dict(zip(places, value.nearest, strict=True))
+        nearest = tuple(known.get(i) for i in range(count))
+    return replace(value, rows=rows, nearest=nearest)

@@ -397,17 +397,17 @@ def _write(
 
     shots = []
     for entry in entries:
-        rows = {
-            name: value.rows
-            for name, values in measured.items()
-            if not isinstance(value := values[entry.contestant.name], str) and value.rows is not None
-        }
+        told = {name: value for name, values in measured.items() if not isinstance(value := values[entry.contestant.name], str)}
+        rows = {name: value.rows for name, value in told.items() if value.rows is not None}
+        nearest = next((value.nearest for value in told.values() if value.nearest is not None), None)
         for i, (shot, template, file) in enumerate(zip(entry.gallery.shots, entry.templates, entry.files, strict=True)):
             scores = {name: float(numbers[i]) for name, numbers in rows.items()}
             shots.append(
                 {"contestant": entry.contestant.name, "file": file, "prompt": shot.prompt, "template": template, "pack": shot.pack,
                  "seed": shot.seed, "scores": scores}
             )  # fmt: skip
+            if nearest is not None and nearest[i] is not None:
+                shots[-1]["nearest"] = str(nearest[i].resolve())
     results.write(out, result, shots)
     write_page(result, shots, out / results.PAGE)
     return shots

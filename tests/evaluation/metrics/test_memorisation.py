@@ -13,6 +13,7 @@ from charforgex.errors import DataError
 from charforgex.evaluation.gallery import Gallery, Shot
 from charforgex.evaluation.metric import Case
 from charforgex.evaluation.metrics.memorisation import Memorisation
+from charforgex.evaluation.results import spread
 from tests.evaluation.test_memory import CHANGES
 
 TRAINING, HELD_OUT, DRAWN, COPIES = 40, 19, 60, 10
@@ -54,6 +55,18 @@ def test_training_pictures_are_copies_and_held_out_ones_are_not(case):
     metric = Memorisation(false_alarms=0.05)
     assert metric(case.training, case).estimate == 1
     assert metric(case.references, case).rows.sum() <= 2, "of the 59 that the limit is learnt from, two are below it"
+
+
+def test_the_training_picture_is_told_of_each_shot(case, tmp_path):
+    shots = []
+    for i, shot in enumerate(case.training.shots):
+        shot.picture.save(tmp_path / f"{i}.png")
+        shots.append(Shot(tmp_path / f"{i}.png"))
+    filed = Case(case.references, Gallery("training", shots))
+    value = Memorisation(false_alarms=0.05)(gallery("drawn", [picture(7), ImageOps.mirror(picture(9))]), filed)
+    assert value.nearest == (tmp_path / "7.png", tmp_path / "9.png")
+    whole = spread(value, [2, 0], 3)
+    assert whole.nearest == (tmp_path / "9.png", None, tmp_path / "7.png") and whole.rows[[0, 2]].tolist() == [1, 1]
 
 
 def test_a_rate_that_needs_more_pictures_is_told(case):

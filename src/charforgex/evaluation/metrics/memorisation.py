@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -47,7 +48,9 @@ class Memorisation(Features):
         parts = {"nearest": float(cosines.mean()), "limit": limit.difference, "false_alarms": limit.false_alarms}
         named = sorted(np.flatnonzero(copies).tolist(), key=lambda i: (found[i].difference, gallery.shots[i].name))[:NAMED]
         told = (self._said(limit), *(_copy(gallery, case.training, i, found[i]) for i in named))
-        return mean_value(copies.astype(np.float64), gallery, self.name, notes=told, parts=parts)
+        shown = [case.training.shots[match.index].picture for match in found]
+        files = tuple(picture if isinstance(picture, Path) else None for picture in shown)
+        return mean_value(copies.astype(np.float64), gallery, self.name, notes=told, parts=parts, nearest=files)
 
     def matches(self, gallery: Gallery, case: Case) -> tuple[list[Match], Limit]:
         """Of each shot the training picture that it is most like, and from which difference on that is no copy. Raises DataError."""
