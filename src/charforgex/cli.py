@@ -47,6 +47,7 @@ TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value
         "several LoRAs into one, or high rank into low, by what the base predicts with them",
     ),
     "analyze": ("charforgex.toolbox.analyzing:analyze", "what it changes, where and how much; how far several get in each other's way"),
+    "ablate": ("charforgex.toolbox.ablating:ablate", "which of its parts make the character: each left out in turn, drawn and measured"),
     "decompose": ("charforgex.toolbox.decomposing:decompose", "its directions by strength, and chosen ones alone as a LoRA"),
     "words": ("charforgex.toolbox.directions:words", "which words it changes the meaning of, and sliders along such directions"),
 }
@@ -127,6 +128,7 @@ def guarded(entry: str, config_name: str, arguments: list[str], program: str, fo
     """Runs `entry` ("module:function") on the config and returns the exit code; a SystemExit raised on the way passes."""
     try:
         _hydra(entry, config_name, arguments, program, folder)
+        sys.stdout.flush()  # what is left of a short text would meet a closed pipe at the interpreter's exit, where nobody can catch it
     except CharForgeError as error:
         complain(error)
         return EXIT_ERROR
