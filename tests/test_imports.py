@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"curation.manifest", "families.base", "charworld"},
     "training": {"data", "families", "lora", "evaluation", "embedders", "generation", "curation", "charworld", "toolbox"},
     "generation": {"families", "lora"},
-    "toolbox": {"families", "lora"},
+    "toolbox": {"families", "lora", "evaluation"},
     "merging": {"families", "lora", "toolbox"},
     "evaluation": {"generation", "families", "lora", "curation", "charworld", "embedders"},
 }
