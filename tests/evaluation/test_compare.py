@@ -38,7 +38,12 @@ def training(folder, identities, embedder="charworld", prompts=("a",)):
     write_json(folder / "scores.json", {"anchors": anchors, "checkpoints": checkpoints})
     write_json(folder / "result.json", {"best_step": 100 * len(identities), "value": 1.0})
     write_json(
-        folder / "config.yaml", {"evaluation": {"embedder": embedder, "prompts": list(prompts), "seeds": 2}, "seed": 0, "lora": {"rank": 4}}
+        folder / "config.yaml",
+        {
+            "evaluation": {"embedder": embedder, "follower": "charworld", "prompts": list(prompts), "seeds": 2},
+            "seed": 0,
+            "lora": {"rank": 4},
+        },
     )
     return folder
 
@@ -101,6 +106,7 @@ def test_trainings_stand_beside_evaluations_and_apart(tmp_path):
     assert "while training" in reasons["identity", "a", "e"]
     assert ("validation", "a", "b") not in reasons and found["metrics"]["validation"]["groups"][0]["runs"] == ["a", "b"]
     assert found["metrics"]["identity"]["groups"][0]["values"]["a"]["estimate"] == 0.7
+    assert found["metrics"]["attributes"]["groups"][0]["values"]["a"]["estimate"] == 0.8 and "prompt_following" not in found["metrics"]
     assert found["settings"] == [{"name": "evaluation.prompts", "values": {"a": ["a"], "b": ["a", "b"]}}]
 
 

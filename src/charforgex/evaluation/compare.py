@@ -16,6 +16,7 @@ from typing import Any
 from charforgex.config import bind
 from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation import ab, reading
+from charforgex.evaluation.packs import UNCALLED
 from charforgex.runs import LOCATIONS, create_run_dir, write_json
 
 JSON, PAGE = "compare.json", "compare.html"
@@ -24,14 +25,21 @@ Place = tuple[str, int | None]
 AGAINST = ("references", "others", "training")
 # Settings that say where something lies and change nothing of what is compared
 PLACES = {*LOCATIONS, "out", "overwrite", "logger", "name", "dry_run"}
-# A training's numbers: where they stand in scores.json, how they are called, which way is better, what they rest on besides the data
+# A training's numbers by the names of an evaluation's metrics: key in scores.json, title, direction, meaning, and what they rest
+# on besides the prompts. `FOLLOWING` says which of the two its prompt_following is.
+HELD_OUT = ("data.source", "data.val_count")
 TRAINING = {
-    "identity": ("identity", "higher", ("evaluation.embedder", "evaluation.others"), "mean cosine to the held-out pictures"),
-    "prompt_following": ("prompt-following", "higher", ("evaluation.follower",), "how far pictures show what the prompt asks for"),
-    "diversity": ("diversity", "higher", ("evaluation.follower",), "mean cosine distance between the pictures"),
-    "nearest": ("nearest training picture", "lower", ("evaluation.follower",), "mean cosine to the nearest training picture"),
-    "validation": ("validation loss", "lower", ("evaluation.times", "family.name", "family.source"), "mean loss of the held-out pictures"),
-}
+    "identity": ("identity", "identity", "higher", "mean cosine to the held-out pictures", ("evaluation.embedder", *HELD_OUT)),
+    "attributes": ("prompt_following", "attributes", "higher", "share of what is asked for that is shown", ("evaluation.follower",)),
+    "prompt_following": ("prompt_following", "CLIP score", "higher", "how alike a CLIP finds picture and prompt", ("evaluation.follower",)),
+    "pairwise": ("diversity", "diversity", "higher", "mean cosine distance between the pictures", ("evaluation.follower",)),
+    "nearest": ("nearest", "nearest training picture", "lower", "mean cosine to it", ("evaluation.follower", *HELD_OUT)),
+    "validation": (
+        "validation", "validation loss", "lower", "mean loss of the held-out pictures",
+        ("evaluation.times", "family.name", "family.source", *HELD_OUT),
+    ),
+}  # fmt: skip
+FOLLOWING = {True: "attributes", False: "prompt_following"}  # by whether the follower is charworld's judge
 ASKED = ("evaluation.prompts", "evaluation.seeds", "seed")  # of a training's pictures; validation asks for none
 
 
@@ -66,8 +74,7 @@ class Run:
     def rests_on(self, metric: str) -> dict[str, Any]:
         """What must be the same in two runs for the metric's numbers to mean the same."""
         if self.kind == "training":
-            names = (*TRAINING[metric][2], "data.source", "data.manifest")
-            return {"measured": "while training"} | {name: self.settings[name] for name in names if name in self.settings}
+            return {"measured": "while training"} | {name: self.settings.get(name) for name in TRAINING[metric][-1]}
         own = {name: value for name, value in self.settings.items() if name.startswith(f"metrics.{metric}.")}
         return {"measured": "by an evaluation", **own, **{name: self.settings.get(name) for name in AGAINST}}
 
@@ -75,7 +82,7 @@ class Run:
         """Which pictures its mean is of."""
         if self.kind == "training":
             return {name: self.settings.get(name) for name in ASKED if metric != "validation"}
-        return set(self.places(metric)) or {self.place(shot) for shot in self.own}
+        return set(self.places(metric)) or {self.place(shot) for shot in self.own if shot["pack"] not in UNCALLED}
 
     def places(self, metric: str) -> dict[Place, float]:
         """The chosen contestant's score of each prompt and seed, of metrics that score single pictures."""
@@ -131,7 +138,7 @@ def read_run(folder: Path, name: str) -> Run:
     if {"metrics", "contestants", "comparison"} <= result.keys():
         return Run(name, folder, "evaluation", result, _shots(folder), dict(reading.flat(result["settings"])) | settings)
     if "best_step" in result and (folder / "scores.json").is_file():
-        return Run(name, folder, "training", _as_evaluation(name, result, _json(folder / "scores.json")), [], settings)
+        return Run(name, folder, "training", _as_evaluation(name, result, _json(folder / "scores.json"), settings), [], settings)
     raise DataError(f"{folder} is neither an evaluation nor the training of a LoRA: its result.json has no metrics of either.")
 
 
@@ -167,17 +174,20 @@ def _shots(folder: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read: {error}; evaluate again, which draws nothing anew.") from error
 
 
-def _as_evaluation(name: str, result: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+def _as_evaluation(name: str, result: Mapping[str, Any], scores: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A training's result.json and scores.json in the words of an evaluation's result."""
     rows, anchors = scores["checkpoints"], scores["anchors"]
     steps = {f"step {row['step']}": row for row in rows}
     best = f"step {result['best_step']}"
     metrics = {}
-    for metric, (title, better, _, meaning) in TRAINING.items():
+    other = FOLLOWING[settings.get("evaluation.follower") != "charworld"]
+    for metric, (field, title, better, meaning, _) in TRAINING.items():
+        if metric == other:
+            continue
         card = {"title": title, "meaning": meaning, "range": "", "better": better, "source": "", "lies": ""}
-        values = {step: _bare(row[metric]) for step, row in steps.items()}
+        values = {step: _bare(row[field]) for step, row in steps.items()}
         ends = {end: anchors[end] if metric == "identity" else None for end in ("floor", "ceiling")}
-        metrics[metric] = {"card": card, "values": values | {"base": _bare(anchors.get("base" if metric == "identity" else metric))}} | ends
+        metrics[metric] = {"card": card, "values": values | {"base": _bare(anchors.get("base" if metric == "identity" else field))}} | ends
     contestants = [{"name": "base", "kind": reading.BASE, "loras": [], "scale": None, "step": None, "run": name, "pictures": 0}]
     contestants += [
         {"name": step, "kind": "checkpoint", "loras": [], "scale": None, "step": row["step"], "run": name, "pictures": 0}
