@@ -196,6 +196,9 @@ def test_right_is_better_whatever_the_direction():
     assert left > 1.0 and right < 0.2 and reading.share(0.5, 1.0, 0.2) == pytest.approx(0.625)
     assert page.axis(metric | {"floor": None, "ceiling": None})[0] > 0.6
     assert page.axis(metric | {"card": {"better": "higher"}, "floor": None, "ceiling": None})[0] < 0.4
+    alike = [{"estimate": number, "low": None, "high": None} for number in (0.925, 0.92500001)]
+    left, right = page.axis(metric | {"card": {"better": "higher"}, "floor": None, "ceiling": None}, alike)
+    assert left == pytest.approx(0.8788, abs=1e-3) and right == pytest.approx(0.9713, abs=1e-3)  # alike numbers stand together
 
 
 def test_every_prompt_has_its_turn_before_a_second_seed():

@@ -29,6 +29,7 @@ SMALL = 129  # pixels, below which they are shown as the squares that they are
 NAMED = 3  # contestants that the title tells by name
 WORST = 6  # pictures of each metric
 PAIRS = 24  # rows of paired comparisons that stand open
+NARROW = 0.1  # share of the numbers that a bar without floor and ceiling spans at least
 Row = dict[str, Any]
 # What parts.html, of which all pages here are made, calls
 WORDS = {"said": reading.said, "between": reading.between, "rounded": reading.rounded, "heading": reading.heading}
@@ -191,6 +192,8 @@ def axis(metric: Mapping[str, Any], values: Iterable[Mapping[str, Any]] | None =
     if not known:
         return None
     low, high = charts.span(known)
+    if floor is None and ceiling is None and high - low < (least := NARROW * max(abs(low), abs(high))):  # else a trifle would fill the bar
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     falling = metric["card"]["better"] == "lower"
     if None not in (floor, ceiling) and floor != ceiling:
         falling = floor > ceiling
