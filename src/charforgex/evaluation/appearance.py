@@ -16,7 +16,7 @@ BLANK = 2  # grey levels that a picture of one colour spans at most: what JPEG l
 UNIFORM = 1.0  # standard deviation, in grey levels, of squares that are near-uniform
 SQUARE = 16
 WINDOW = 11  # pixels a side in which structure is compared
-SSIM_SIDE = 256  # pictures are compared at this size, as Wang's own program scales them down
+SIDE = 256  # pixels of the shorter side at which tones and layout are looked at, as Wang's own program scales pictures down
 
 
 def measured(gallery: Gallery, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -57,6 +57,7 @@ def tones(gallery: Gallery) -> np.ndarray:
     """(N, 3) in [0, 1]: mean grey, standard deviation of grey, mean saturation (of the largest channel, the part above the smallest)."""
 
     def of(pixels: np.ndarray) -> tuple[float, float, float]:
+        pixels = _small(pixels)
         grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         largest, smallest = pixels.max(2).astype(np.float64), pixels.min(2)
         return grey.mean() / 255, grey.std() / 255, float(((largest - smallest) / np.maximum(largest, 1)).mean())
@@ -73,14 +74,13 @@ def structure(gallery: Gallery, other: Gallery) -> np.ndarray:
                 raise DataError(f"{shot.name} has {a.size} pixels and {b.size} from {other.name}: draw both at one size")
             if min(a.size) < WINDOW:
                 raise DataError(f"{shot.name} has {a.size} pixels; structure is compared from {WINDOW} a side on")
-            found.append(ssim(*(_grey(np.asarray(picture)) for picture in (a, b))))
+            found.append(ssim(*(cv2.cvtColor(_small(np.asarray(picture)), cv2.COLOR_RGB2GRAY) for picture in (a, b))))
     return np.array(found)
 
 
-def _grey(pixels: np.ndarray) -> np.ndarray:
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    scale = min(1.0, SSIM_SIDE / min(grey.shape))
-    return cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else grey
+def _small(pixels: np.ndarray) -> np.ndarray:
+    scale = min(1.0, SIDE / min(pixels.shape[:2]))
+    return cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
