@@ -43,7 +43,15 @@ def test_every_choice_of_training_composes(group):
 
 def test_every_group_belongs_to_an_entry_point():
     """A group that neither test above nor generate.py names would be dead."""
-    assert {group for group, options in choices("train").items() if options} <= {*CHOSEN_BY, "sampling", "logger", "pretrain", "method"}
+    assert {group for group, options in choices("train").items() if options} <= {
+        *CHOSEN_BY,
+        "sampling",
+        "logger",
+        "pretrain",
+        "method",
+        "metric",
+        "pack",
+    }
 
 
 def test_each_yaml_says_what_it_is_for():
