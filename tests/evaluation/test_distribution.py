@@ -1,6 +1,7 @@
 """FID, KID and the manifold measures: by hand, against scipy and torchmetrics, and where they must not care."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +140,24 @@ def test_order_and_blocks_change_nothing(monkeypatch):
     assert everything(one[order], groups[order]) == pytest.approx(plain, rel=1e-9)
     monkeypatch.setattr(distribution, "BLOCK", 7)
     assert everything(one, groups) == pytest.approx(plain, rel=1e-9)
+
+
+@pytest.mark.parametrize("measure", [fid, kid, lambda a, b: manifold(a, b, 5)], ids=["fid", "kid", "manifold"])
+def test_memory_does_not_grow_with_pictures(measure, monkeypatch, tmp_path):
+    """Of vectors on disk, a block at a time: three times as many take no more than what is kept of each, a few numbers."""
+    monkeypatch.setattr(distribution, "BLOCK", 256)
+
+    def peak(count):
+        np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32))
+        vectors = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+        tracemalloc.start()
+        measure(vectors, vectors[:256])
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(300)
+    assert peak(3000) - peak(1000) < 2000 * 64
 
 
 def test_sums_by_group_are_sums_over_pairs():

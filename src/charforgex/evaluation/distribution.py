@@ -39,8 +39,9 @@ def checked_pair(pictures_ND: np.ndarray, references_MD: np.ndarray, at_least: i
         raise DataError(f"Vectors of {widths[0]} numbers cannot be compared with references of {widths[1]}; embed both by the same model.")
 
 
-def in_blocks(vectors_ND: np.ndarray, size: int = BLOCK) -> Iterator[tuple[slice, np.ndarray]]:
-    """Where a block is, and its vectors in float64."""
+def in_blocks(vectors_ND: np.ndarray, at_least: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
+    """Where a block is, and its vectors in float64; all but the last have as many as `BLOCK` and as `at_least`."""
+    size = max(BLOCK, at_least)
     for start in range(0, len(vectors_ND), size):
         block = slice(start, min(start + size, len(vectors_ND)))
         yield block, np.asarray(vectors_ND[block], np.float64)
@@ -77,7 +78,7 @@ def moments(vectors_ND: np.ndarray) -> Moments:
         return Moments(mean, factor, count)
     mean = sum(block.sum(axis=0) for _, block in in_blocks(vectors_ND)) / count
     factor = np.zeros((0, width))
-    for _, block in in_blocks(vectors_ND, max(BLOCK, width)):
+    for _, block in in_blocks(vectors_ND, width):
         factor = np.linalg.qr(np.concatenate([factor, block - mean]), mode="r")
     return Moments(mean, factor, count)
 
