@@ -91,7 +91,7 @@ def evaluation(
     result = {
         "contestants": contestants, "metrics": told,
         "notes": [], "comparison": ab.compare(scores, {metric: better for metric, (_, better, _, _) in metrics.items()}),
-        "recommended": recommended and {"contestant": recommended, "why": "The most of the character that still obeys."},
+        "recommended": recommended and {"contestant": recommended, "why": "has the most of what counts"},
         "pareto": list(pareto), "prompts": [prompt for texts in prompts.values() for prompt in texts], "seeds": list(seeds),
         "settings": settings or {"embedder": "charworld", "metrics": {metric: {} for metric in metrics}},
         "command": ["charforgex evaluate", "lora=[a b.safetensors]"],

@@ -90,7 +90,7 @@ def test_its_numbers_are_the_results(whole):
     for metric in result["metrics"].values():
         for value in metric["values"].values():
             assert f"{reading.said(value)} {reading.between(value)}" in text
-    assert "Use anna 400 The most of the character that still obeys." in text
+    assert "Use anna 400 It has the most of what counts." in text
     identity = result["metrics"]["identity"]["values"]["anna 400"]
     assert f"Is it the character? Yes Identity {reading.said(identity)}" in text
     heart = result["metrics"]["memorisation"]["values"]["anna 400"]
@@ -102,6 +102,16 @@ def test_its_numbers_are_the_results(whole):
         and "torch 2.13" in text
         and "embedder = charworld" in text
     )
+
+
+def test_the_title_names_what_is_evaluated(whole):
+    _, result, _ = whole
+    assert page.title(result) == "Evaluation of anna"  # the run of both checkpoints
+    for one in result["contestants"]:
+        one["run"] = None
+    assert page.title(result) == "Evaluation of anna 200 and anna 400"
+    assert page.title({"contestants": result["contestants"][:1]}) == "Evaluation of the base model"
+    assert page.title({"contestants": result["contestants"][1:] * 2}) == "Evaluation of 4 contestants"
 
 
 def test_hostile_words_stay_words(tmp_path):

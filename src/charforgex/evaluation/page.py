@@ -93,7 +93,11 @@ def write_page(result: Mapping[str, Any], shots: Iterable[Mapping[str, Any]], ou
 
 
 def title(result: Mapping[str, Any]) -> str:
-    names = [one["name"] for one in result["contestants"] if one["kind"] != reading.BASE] or ["the base model"]
+    entrants = [one for one in result["contestants"] if one["kind"] != reading.BASE]
+    runs = {one["run"] for one in entrants}
+    if len(entrants) > 1 and len(runs) == 1 and None not in runs:  # one run's checkpoints and strengths
+        return f"Evaluation of {Path(runs.pop()).name}"
+    names = [one["name"] for one in entrants] or ["the base model"]
     return f"Evaluation of {together(names) if len(names) <= NAMED else f'{len(names)} contestants'}"
 
 
