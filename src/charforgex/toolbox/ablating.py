@@ -94,9 +94,9 @@ def evaluation(settings: AblateSettings, source: Path, out: Path, files: Mapping
     """The overrides of evaluate.yaml: the whole LoRA and each that lacks a part are the contestants."""
     return as_overrides(
         {
-            "lora": [str(source), *map(str, files.values())], "base": settings.base, "references": settings.references, "metric": settings.metrics,
-            "pack": settings.packs, "count": settings.count, "cache_dir": str(settings.cache_dir), "out": str(out / EVALUATION),
-            "overwrite": True,
+            "lora": [str(source), *map(str, files.values())], "base": settings.base, "references": settings.references,
+            "metric": settings.metrics, "pack": settings.packs, "count": settings.count, "cache_dir": str(settings.cache_dir),
+            "out": str(out / EVALUATION), "overwrite": True,
         }
     )  # fmt: skip
 

@@ -174,7 +174,7 @@ def begun(settings: Shrinks) -> Iterator[Opened]:
         settings.check_out(settings.paths)
     with opened_loras(settings) as opened:
         if settings.functional:
-            from charforgex.toolbox.functional import check_base
+            from charforgex.evaluation.functional import check_base
 
             check_base(opened.base)
         yield opened

@@ -158,7 +158,7 @@ def shrunk(opened: Opened, outputs: Outputs, write: Write, rows: Mapping[str, Ro
             "dropped": [label for label, row in rows.items() if not row.rank], "dry_run": outputs.dry_run,
         }  # fmt: skip
         if functional:
-            from charforgex.toolbox.functional import difference
+            from charforgex.evaluation.functional import difference
 
             told["functional"] = difference(opened.base, opened.paths[0], place.out)
     told["out"] = None if outputs.dry_run else told["out"]

@@ -1,6 +1,6 @@
 """The student of a distillation: a LoRA that learns to predict what its teachers predict, and how far from them it is.
 
-The error is relative: sqrt(sum |student - teacher|^2 / sum |teacher - base|^2) over held-out latents and noise levels. 0 is the teachers
+The error is `relative_error` of student - teacher to teacher - base over held-out latents and noise levels. 0 is the teachers
 themselves, 1 is no better than the base without any LoRA.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from charforgex import runs
 from charforgex.data.datamodule import CharacterData
 from charforgex.errors import LoraError
+from charforgex.evaluation.functional import energy, relative_error
 from charforgex.families.base import Family
 from charforgex.generation.stack import Stack
 from charforgex.lora import lowrank
@@ -102,7 +103,7 @@ class Exam:
                 with module.acting([]):
                     base = module.predict(noisy, t_B, batch.text, batch.crop)
                 self.questions.append((noisy, t_B, batch.text, batch.crop, wanted))
-                self.energy += (wanted - base.float()).double().square().sum().item()
+                self.energy += energy(wanted - base.float())
         if not self.energy:
             raise LoraError("On no held-out prompt do the LoRAs change a prediction, so nothing can be learnt from them.")
 
@@ -113,8 +114,8 @@ class Exam:
         for *question, wanted in self.questions:
             with self.module.acting([TRAINED]):
                 said = self.module.predict(*question)
-            missed += (said.float() - wanted).double().square().sum().item()
-        return math.sqrt(missed / self.energy)
+            missed += energy(said.float() - wanted)
+        return relative_error(missed, self.energy)
 
 
 class Measuring:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from charforgex.errors import LoraError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from charforgex.families.bases import Base
 
 EMBEDDED = "charworld"
@@ -26,10 +29,10 @@ def check_base(base: Base) -> None:
 
 
 def difference(base: Base, before: Path, after: Path) -> dict[str, float]:
-    """Means over prompts and times of the norm of the outputs' difference, as shares of two things.
+    """`relative_error`s of the outputs over prompts and times, against two things.
 
-    `output_error`: of the outputs with the LoRA as it was. `effect_error`: of what that LoRA does to the outputs; 1 is a LoRA that is
-    as far off as none at all.
+    `output_error`: against the outputs with the LoRA as it was. `effect_error`: against what that LoRA does to the outputs; 1 is a LoRA
+    that is as far off as none at all.
     """
     import torch
 
@@ -56,10 +59,19 @@ def difference(base: Base, before: Path, after: Path) -> dict[str, float]:
         return [family.denoise(parts.denoiser, noisy, torch.full((len(PROMPTS),), t), text, crop) for t in TIMES]
 
     sides = outputs(before=0, after=0), outputs(before=1, after=0), outputs(before=0, after=1)
-    norms = torch.tensor([[_norms(now - was), _norms(was), _norms(was - bare)] for bare, was, now in zip(*sides, strict=True)])
-    changed, output, effect = norms.double().mean(dim=(0, 2)).tolist()
-    return {"output_error": changed / output, "effect_error": changed / effect if effect else 0.0}
+    changed, output, effect = (
+        sum(energy(pick(*side)) for side in zip(*sides, strict=True))
+        for pick in (lambda bare, was, now: now - was, lambda bare, was, now: was, lambda bare, was, now: was - bare)
+    )
+    return {"output_error": relative_error(changed, output), "effect_error": relative_error(changed, effect)}
 
 
-def _norms(outputs):
-    return outputs.flatten(1).norm(dim=1).tolist()
+def energy(outputs: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return outputs.double().square().sum().item()
+
+
+def relative_error(missed: float, whole: float) -> float:
+    """sqrt(sum |found - wanted|^2 / sum |what counts|^2), of two energies: 0 is no difference, 1 as much as there is. 0 where there is
+    nothing."""
+    return math.sqrt(missed / whole) if whole else 0.0

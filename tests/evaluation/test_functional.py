@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from charforgex.errors import LoraError
+from charforgex.evaluation.functional import check_base, difference
 from charforgex.families import bases
 from charforgex.lora.formats import open_lora
 from charforgex.lora.writing import write_layers
-from charforgex.toolbox.functional import check_base, difference
 from tests.toolbox.bases_on_disk import lora_for
 
 
