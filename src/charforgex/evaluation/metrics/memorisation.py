@@ -54,10 +54,10 @@ class Memorisation(Features):
 
     def matches(self, gallery: Gallery, case: Case) -> tuple[list[Match], Limit]:
         """Of each shot the training picture that it is most like, and from which difference on that is no copy. Raises DataError."""
-        vectors = self.seen(gallery, "pictures", 1)
+        self.seen(gallery, "pictures", 1)
         self.seen(case.training, "training pictures", 1)
         originals, limit = _learnt(self, case.training, case.references)
-        return _found(originals, gallery, vectors), limit
+        return _found(self, originals, gallery), limit
 
     def _said(self, limit: Limit) -> str:
         text = (
@@ -74,14 +74,17 @@ def _learnt(metric: Memorisation, training: Gallery, references: Gallery) -> tup
     """The same for all contestants."""
     features = metric.seen(training, "training pictures", 1)
     originals = Originals([thumbnail(picture) for _, pictures in training.batches() for picture in pictures], features)
-    held_out = _found(originals, references, metric.seen(references, "references", 1)) if len(references) else []
+    held_out = _found(metric, originals, references) if len(references) else []
     differences = np.concatenate([originals.differences(), [match.difference for match in held_out]])
     return originals, copy_limit(differences, metric.false_alarms)
 
 
-def _found(originals: Originals, gallery: Gallery, vectors_ND: np.ndarray) -> list[Match]:
+@lru_cache(maxsize=2)
+def _found(metric: Memorisation, originals: Originals, gallery: Gallery) -> list[Match]:
+    """Of each shot. The references are asked for to learn the limit, and again as what has no copies."""
+    vectors = metric.seen(gallery, "pictures", 1)
     pictures = (picture for _, batch in gallery.batches() for picture in batch)
-    return [originals.find(thumbnail(picture), vector) for picture, vector in zip(pictures, vectors_ND, strict=True)]
+    return [originals.find(thumbnail(picture), vector) for picture, vector in zip(pictures, vectors, strict=True)]
 
 
 def _copy(gallery: Gallery, training: Gallery, index: int, match: Match) -> str:
