@@ -14,6 +14,7 @@ from charforgex.evaluation import drawing
 from charforgex.evaluation.contestants import Contestant
 from charforgex.evaluation.drawing import Studio
 from charforgex.evaluation.packs import Pack, templates
+from charforgex.families.sdxl import Sdxl
 from charforgex.families.tokens import save_tokens
 from charforgex.generation import sampling
 from charforgex.generation.metadata import read_recipe
@@ -25,8 +26,8 @@ from charforgex.lora.inject import set_scales
 from charforgex.lora.metadata import build
 from charforgex.lora.state import Lora, LoraLayer
 from charforgex.lora.writing import write
-from tests.evaluation.made_runs import FAMILY
 
+FAMILY = Sdxl()
 TEMPLATES = templates({"own": Pack(("a portrait of {trigger}", "{trigger} at the {beach|lake}"))}, None, None)
 QUICK = {"steps": 2, "base": "tiny", "width": 32, "height": 32}
 

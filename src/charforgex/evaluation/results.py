@@ -77,9 +77,12 @@ def chosen(contestants: Sequence[Contestant], metrics: Mapping[str, Any]) -> tup
         return front, None
     ceiling = metrics[known["identity"]]["ceiling"]
     whole = [name for name in racing if all(name in numbers[word] for word in numbers)]
-    if base is None or ceiling is None or not whole or not all(base in numbers[word] for word in numbers):
+    lacking = [word for word, name in known.items() if name is None]
+    lacking += ["the base model"] * (base is None) + ["real pictures"] * (ceiling is None)
+    if not whole or lacking or not all(base in numbers[word] for word in numbers):
         best = max(racing, key=lambda name: numbers["identity"][name])
-        return front, {"contestant": best, "value": None, "why": "has the highest identity; for more, the base model must be measured, too"}
+        why = f"has the highest identity; to weigh more, {' and '.join(lacking) or 'all of the base model'} must be measured, too"
+        return front, {"contestant": best, "value": None, "why": why.replace("_", "-")}
 
     def worth(name: str) -> float:
         gained = choosing.gain(numbers["identity"][name], numbers["identity"][base], ceiling)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from charforgex.config import bind
 from charforgex.errors import ConfigError, DataError
-from charforgex.runs import create_run_dir, save_config, versions, write_provenance
+from charforgex.runs import create_run_dir, plain, save_config, versions, write_provenance
 
 if TYPE_CHECKING:
     from charforgex.evaluation.character import Character
@@ -112,6 +112,7 @@ def run(cfg: Any) -> dict[str, Any]:
     result = _result(settings, cfg, entries, studio, metrics, measured, ends, notes)
     result["page"] = str(out / results.PAGE)
     result["seconds"] |= {"measure": tried + time.perf_counter() - drawn}
+    result = plain(result)  # as whoever reads the file has it
     shots = _write(out, result, entries, measured)
     if settings.logger.tensorboard:
         trackers.write_tensorboard(result, shots, out)
@@ -355,7 +356,7 @@ def _result(
         ]
         for entry in entries
     }
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    asked = OmegaConf.to_container(cfg, resolve=True)
     used = dict(studio.shared) | {"device": studio.device, "batch_size": studio.batch_size} if studio is not None else {}
     return {
         "contestants": [_contestant(entry, studio) for entry in entries],
@@ -365,7 +366,7 @@ def _result(
         "pareto": front,
         "prompts": list(dict.fromkeys(template for entry in entries for template in entry.templates)),
         "seeds": settings.seeds if studio is not None else [],
-        "settings": plain | {name: value for name, value in used.items() if name != "versions"},
+        "settings": asked | {name: value for name, value in used.items() if name != "versions"},
         "notes": list(notes),
         "objective": settings.objectives,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
