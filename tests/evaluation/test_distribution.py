@@ -206,7 +206,7 @@ def test_what_says_nothing_is_refused(measure):
     good, bad = sets(10, 10, 3)[0], sets(10, 10, 3)[0]
     bad[7, 1] = np.nan
     for pictures, references, why in [
-        (good[:1], good, "1 pictures are too few"), (good, good[:0], "0 references are too few"),
+        (good[:1], good, "pictures are too few for this number: 1,"), (good, good[:0], "references are too few for this number: 0,"),
         (bad, good, "number 8 of the pictures is not finite"), (good, bad, "number 8 of the references"),
         (good, good[:, :2], "3 numbers cannot be compared with references of 2"),
     ]:  # fmt: skip
@@ -216,5 +216,5 @@ def test_what_says_nothing_is_refused(measure):
 
 def test_neighbours_need_more_pictures_than_k():
     one, other = sets(5, 20, 3)
-    with pytest.raises(DataError, match="5 pictures are too few for this number; it needs at least 6"):
+    with pytest.raises(DataError, match="pictures are too few for this number: 5, and it needs at least 6"):
         manifold(one, other, 5)

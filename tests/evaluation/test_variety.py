@@ -46,7 +46,7 @@ def test_vendi_of_two_by_hand():
 
 
 def test_one_picture_has_no_variety_to_tell():
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="pictures are too few for this number: 1,"):
         vendi(unit(0.0))
     with pytest.raises(DataError, match="number 2 of the pictures is not finite"):
         vendi(unit(0.0, math.nan))

@@ -19,10 +19,15 @@ DIGITS = 1e-9  # share of a FID by which the fast way to it may be wrong; it is 
 SLACK = 1e-12  # of squared lengths: what squared distances that are equal may differ by, as they are rounded
 
 
+def enough(count: int, what: str, at_least: int) -> None:
+    """Raises DataError for fewer. `what` names them, as "pictures" do."""
+    if count < at_least:
+        raise DataError(f"{what} are too few for this number: {count}, and it needs at least {at_least}")
+
+
 def checked(vectors_ND: np.ndarray, what: str, at_least: int = 1) -> np.ndarray:
-    """The same vectors. Raises DataError where they are fewer, or not all finite. `what` names them, as "pictures" do."""
-    if len(vectors_ND) < at_least:
-        raise DataError(f"{len(vectors_ND)} {what} are too few for this number; it needs at least {at_least}.")
+    """The same vectors. Raises DataError where they are fewer, or not all finite."""
+    enough(len(vectors_ND), what, at_least)
     for start in range(0, len(vectors_ND), BLOCK):
         finite = np.isfinite(vectors_ND[start : start + BLOCK]).all(axis=1)
         if not finite.all():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from charforgex.errors import ConfigError, DataError
-from charforgex.evaluation.distribution import checked
+from charforgex.evaluation.distribution import enough
 from charforgex.evaluation.sight import clip_vectors, recogniser
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from charforgex.evaluation.gallery import Gallery
     from charforgex.evaluation.metric import Case
 
@@ -33,8 +33,7 @@ class Features:
         """float32 (N, D): unit vectors of what the pictures show. Raises DataError where there are fewer."""
         if gallery is None or not len(gallery):
             raise DataError(f"there are no {what}")
-        if len(gallery) < at_least:  # before a model is loaded
-            checked(np.zeros((len(gallery), 1)), what, at_least)
+        enough(len(gallery), what, at_least)  # before a model is loaded
         if self.features == "charworld":
             return clip_vectors(gallery, self.features)
         return recogniser(self.features)(gallery)

@@ -44,7 +44,12 @@ def test_pictures_that_are_references_are_told():
 
 @pytest.mark.parametrize(
     ("pictures", "references", "why"),
-    [(1, 5, "1 pictures are too few"), (5, 1, "1 references are too few"), (0, 5, "no pictures"), (5, 0, "no references")],
+    [
+        (1, 5, "pictures are too few for this number: 1,"),
+        (5, 1, "references are too few for this number: 1,"),
+        (0, 5, "no pictures"),
+        (5, 0, "no references"),
+    ],
 )
 def test_too_few_are_refused(pictures, references, why):
     with pytest.raises(DataError, match=why):

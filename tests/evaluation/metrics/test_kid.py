@@ -40,5 +40,5 @@ def test_one_prompt_has_no_interval_and_one_picture_no_number():
     assert math.isnan(alone.low) and math.isfinite(alone.estimate)
     two = Kid()(gallery(circle(0.1, 0.2)), case(circle(0.0, 1.0)))
     assert two.low == two.high == pytest.approx(two.estimate), "half of the draws are one picture twice, and have no pairs"
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="pictures are too few for this number: 1,"):
         Kid()(gallery(circle(0.1)), case(circle(0.0, 1.0)))

@@ -30,5 +30,5 @@ def test_pictures_like_the_references_have_density_one():
 
 
 def test_it_needs_more_pictures_than_k():
-    with pytest.raises(DataError, match="5 references are too few for this number; it needs at least 6"):
+    with pytest.raises(DataError, match="references are too few for this number: 5, and it needs at least 6"):
         ManifoldMetric()(gallery(circle(*range(9))), case(circle(*range(5))))

@@ -26,6 +26,6 @@ def test_it_is_training_s_number_and_its_interval_holds_other_prompts():
 
 
 def test_one_picture_has_no_pairs():
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="pictures are too few for this number: 1,"):
         Pairwise()(gallery(circle(0.1)), case([]))
     assert math.isnan(Pairwise()(gallery(circle(0.1, 0.2), ["the same"] * 2), case([])).low)

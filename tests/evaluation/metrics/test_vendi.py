@@ -24,6 +24,6 @@ def test_the_interval_holds_other_prompts_of_the_same_kind():
 
 
 def test_one_picture_or_one_prompt():
-    with pytest.raises(DataError, match="1 pictures are too few"):
+    with pytest.raises(DataError, match="pictures are too few for this number: 1,"):
         Vendi()(gallery(circle(0.1)), case([]))
     assert math.isnan(Vendi()(gallery(circle(0.1, 0.2), ["the same"] * 2), case([])).low)
