@@ -51,6 +51,7 @@ def test_every_group_belongs_to_an_entry_point():
         "method",
         "metric",
         "pack",
+        "vote",
     }
 
 

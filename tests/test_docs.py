@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from charforgex.cli import with_files
+from charforgex.cli import FILES, with_files
 from charforgex.config import compose
 from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate|merge|lora \w+)(?:\.py)?((?: [^\n`#]*)?)")
+COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate|evaluate|compare|votes|bench|merge|lora \w+)(?:\.py)?((?: [^\n`#]*)?)")
 
 
 def commands() -> list[tuple[str, str, str]]:
@@ -21,7 +21,7 @@ def commands() -> list[tuple[str, str, str]]:
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             for command, arguments in COMMAND.findall(line):
-                if command.startswith(("lora ", "merge")) and not arguments.strip():
+                if command.startswith(("lora ", "merge", "compare", "votes", "bench")) and not arguments.strip():
                     continue  # spoken of, without the files that it needs
                 found.append((page.name, command.replace(" ", "_"), arguments.split("  #")[0].strip()))
     return found
@@ -35,7 +35,9 @@ def words(arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "command", "arguments"), commands())
 def test_every_command_is_one_that_exists(page, command, arguments):
-    overrides = [word for word in with_files(words(arguments.rstrip(").,;"))) if "=" in word]
+    files = FILES.get(command, (".safetensors", "lora")) if command.startswith(("lora_", *FILES)) else None
+    given = words(arguments.rstrip(").,;"))
+    overrides = [word for word in (with_files(given, *files) if files else given) if "=" in word]
     # python train.py -m lora.rank=4,8,16: each value alone, which may be a list itself
     if "-m" in arguments.split():
         overrides = [re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]

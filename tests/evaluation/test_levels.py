@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from charforgex.draws import torch_generator
+from charforgex.errors import DataError
 from charforgex.evaluation import levels
 from charforgex.evaluation.gallery import Gallery, Shot
+from charforgex.evaluation.metrics.levels import Levels
 from charforgex.families import registry
 from charforgex.families.process import Ddpm
 from charforgex.types import Batch, Crop, Text
@@ -61,11 +63,16 @@ def test_neither_order_nor_batch_changes_a_picture_s_loss(name):
     noise = np.random.default_rng(0).integers(0, 255, (4, side, side, 3), dtype=np.uint8)
     shots = [Shot(Image.fromarray(pixels), prompt=f"picture {i}", key=str(i)) for i, pixels in enumerate(noise)]
 
-    def rows(shots, size):
-        found = levels.batches(family, parts, Gallery("g", shots), side, size)
-        return levels.value([levels.losses(family, parts.denoiser, family.process(parts), b, 2) for b in found], torch.tensor([0.25, 0.75]))
+    def found(shots, size):
+        batches = levels.batches(family, parts, Gallery("g", shots), side, size)
+        return torch.cat([levels.losses(family, parts.denoiser, family.process(parts), batch, 2) for batch in batches], 1)
 
-    one, other = rows(shots, 4), rows(shots[::-1], 1)
-    assert one.rows == pytest.approx(other.rows[::-1], rel=1e-4)
-    assert one.low < one.estimate < one.high and one.count == 4
-    assert one.estimate == pytest.approx(sum(one.parts.values()) / 2) and set(one.parts) == {"t=0.250", "t=0.750"}
+    assert found(shots, 4).numpy() == pytest.approx(found(shots[::-1], 1).flip(1).numpy(), rel=1e-4)
+
+
+def test_the_metric_is_the_mean_over_levels_and_pictures():
+    told = Levels()(Gallery("g", [], losses={"times": [0.25, 0.75], "losses": [[1.0, 3.0, 5.0], [2.0, 6.0, 10.0]]}), None)
+    assert told.estimate == 4.5 and told.parts == {"t=0.250": 3.0, "t=0.750": 6.0} and told.count == 3
+    assert 1.5 <= told.low < 4.5 < told.high <= 7.5
+    with pytest.raises(DataError, match="no denoiser"):
+        Levels()(Gallery("g", []), None)

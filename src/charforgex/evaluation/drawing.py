@@ -28,6 +28,7 @@ from charforgex.generation.stack import Adapter, Stack
 from charforgex.runs import write_json
 
 if TYPE_CHECKING:
+    from charforgex.evaluation.gallery import Gallery
     from charforgex.types import Components, Text
 
 NAMES = ("template", "base", "base_is_file")  # of a recipe, that change no picture
@@ -45,6 +46,16 @@ class Ask:
     key: str
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Pictures whose prediction is looked at while a contestant is loaded, at how many noise levels, and what is said where they have no
+    caption."""
+
+    gallery: Gallery
+    levels: int
+    unsaid: str = ""
+
+
 class Studio:
     """What all contestants share: base, settings and cache. `size` is (height, width); `shared` is `generation.run.shared`'s."""
 
@@ -58,6 +69,7 @@ class Studio:
         self.uses: dict[Path, LoraUse] = {}
         self.drawn, self.seconds = 0, 0.0
         self.batch_size = settings.batch_size
+        self.held_out: HeldOut | None = None
 
     # ---- what is wanted ----
 
@@ -107,13 +119,16 @@ class Studio:
 
     def _key(self, recipe: Recipe, contestant: Contestant) -> str:
         told = {key: value for key, value in asdict(recipe).items() if key not in NAMES}
-        told["weights"] = self._weights
-        told["loras"] = [  # one that is off and brings no words is not there
-            [self.uses[path].sha256, contestant.scale, self._tokens(path)]
-            for path in contestant.loras
-            if contestant.scale or self.adapters[path].tokens
-        ]
+        told |= self._who(contestant)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def _who(self, contestant: Contestant) -> dict[str, Any]:
+        """What identifies base and LoRAs to the caches; a LoRA that is off and brings no words is not there."""
+        there = [path for path in contestant.loras if contestant.scale or self.adapters[path].tokens]
+        return {
+            "weights": self._weights,
+            "loras": [[self._use(path).sha256, contestant.scale, self._tokens(path)] for path in there],
+        }
 
     def _tokens(self, path: Path) -> str | None:
         tokens = self.adapters[path].tokens
@@ -152,18 +167,53 @@ class Studio:
         for contestant, asks in wanted:  # two may want the same picture
             missing.append((contestant, [ask for ask in self.missing(asks) if ask.key not in taken]))
             taken |= {ask.key for ask in asks}
-        if not any(asks for _, asks in missing):
+        if not any(asks or self.unheard(contestant) for contestant, asks in missing):
             return
         bar.say(f"loading {self.shared['base']}")
         parts = load(replace(self.stack, adapters=[]), self.device, self.dtype, self.tokenizer)
         texts: dict[str, Text] = {}  # what the base says of each prompt
-        started = time.perf_counter()
         for contestant, asks in missing:
-            if asks:
+            if asks or self.unheard(contestant):
                 with self._holding(parts, contestant):
+                    started = time.perf_counter()
                     self._draw(parts, asks, {} if self._speaks(contestant) else texts, contestant.name, bar)
-        self.seconds = time.perf_counter() - started
-        write_json(self.cache / SPEED, self._speeds() | {self._speed_key: self.seconds / self.drawn})
+                    self.seconds += time.perf_counter() - started
+                    if self.unheard(contestant):
+                        bar.say(f"loss of {contestant.name}")
+                        self._listen(parts, contestant)
+        if self.drawn:
+            write_json(self.cache / SPEED, self._speeds() | {self._speed_key: self.seconds / self.drawn})
+
+    # ---- losses ----
+
+    def losses(self, contestant: Contestant) -> dict[str, Any] | None:
+        """What a loaded contestant was found to predict; None where nobody asked."""
+        return None if self.held_out is None else json.loads(self._heard(contestant).read_text(encoding="utf-8"))
+
+    def unheard(self, contestant: Contestant) -> bool:
+        """Whether its losses are wanted and not known."""
+        return self.held_out is not None and not self._heard(contestant).is_file()
+
+    def _heard(self, contestant: Contestant) -> Path:
+        shots = [[shot.key or shot.name, shot.prompt or self.held_out.unsaid] for shot in self.held_out.gallery.shots]
+        told = self._who(contestant) | {"shots": shots, "levels": self.held_out.levels, "size": self.size, "dtype": self.shared["dtype"]}
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return self.cache.parent / "losses" / f"{key}.json"
+
+    def _listen(self, parts: Components, contestant: Contestant) -> None:
+        import torch
+
+        from charforgex.evaluation import levels
+
+        family, held_out = self.stack.family, self.held_out
+        process, found = family.process(parts), []
+        for batch in levels.batches(family, parts, held_out.gallery, min(self.size), self.batch_size, held_out.unsaid):
+            batch = batch.to(next(parts.denoiser.parameters()).device)
+            with torch.autocast(batch.mean_BChw.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                found.append(levels.losses(family, parts.denoiser, process, batch, held_out.levels))
+        path = self._heard(contestant)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"times": levels.times(process, held_out.levels).tolist(), "losses": torch.cat(found, 1).tolist()})
 
     def _speaks(self, contestant: Contestant) -> bool:
         """Whether its prompts are encoded otherwise than by the base."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,8 +62,9 @@ class Shot:
 class Gallery:
     """One contestant's pictures, or a set that others are compared with (references, training pictures, strangers)."""
 
-    def __init__(self, name: str, shots: Sequence[Shot], cache: Path | None = None):
+    def __init__(self, name: str, shots: Sequence[Shot], cache: Path | None = None, losses: Mapping[str, Any] | None = None):
         self.name, self.shots, self.cache = name, tuple(shots), cache
+        self.losses = losses  # what `evaluation.levels` found of who drew them: "times" (levels,), "losses" (levels, references)
         self._vectors: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class Gallery:
 
     def only(self, *packs: str) -> Gallery:
         """The shots of these prompt packs."""
-        return Gallery(self.name, [shot for shot in self.shots if shot.pack in packs], self.cache)
+        return Gallery(self.name, [shot for shot in self.shots if shot.pack in packs], self.cache, self.losses)
 
     def batches(self, size: int = TOGETHER) -> Iterator[tuple[list[Shot], list[Image]]]:
         """Shots with their opened pictures, in order. Raises DataError for one that cannot be read."""

@@ -6,16 +6,13 @@ against each other. Every picture has noise of its own at each level, a function
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from charforgex.draws import torch_generator
-from charforgex.evaluation.intervals import bootstrap_mean
-from charforgex.evaluation.metric import Card, Value
 from charforgex.types import Batch, Crop
 
 if TYPE_CHECKING:
@@ -25,11 +22,6 @@ if TYPE_CHECKING:
     from charforgex.types import Components
 
 LEVELS = 8
-CARD = Card(
-    "Loss", "mean squared error of the prediction on held-out pictures, over noise levels in the middle of equal shares of [0, 1]",
-    "above 0; another scale for each base", "lower", "Ho et al. 2020, equation 14; at fixed noise levels, as in diffusion papers' curves",
-    "it falls for a LoRA that learnt the pictures' style or background as well as for one that learnt the character",
-)  # fmt: skip
 
 
 def times(process: Process, levels: int = LEVELS) -> Tensor:
@@ -57,27 +49,17 @@ def losses(family: Family, denoiser: torch.nn.Module, process: Process, batch: B
 
 
 @torch.no_grad()
-def batches(family: Family, parts: Components, gallery: Gallery, side: int, size: int = 8) -> list[Batch]:
-    """A gallery's pictures with their prompts, cut to squares of `side` pixels and encoded; `parts` hold VAE and text encoders."""
+def batches(family: Family, parts: Components, gallery: Gallery, side: int, size: int = 8, unsaid: str = "") -> Iterator[Batch]:
+    """A gallery's pictures with their prompts, `unsaid` for those without, cut to squares of `side` pixels and encoded. `parts` hold VAE
+    and text encoders."""
     from PIL import Image, ImageOps
 
     from charforgex.embedders import to_pixels
 
-    found = []
     for shots, pictures in gallery.batches(size):
         cut = [ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) for picture in pictures]
         pixels = to_pixels(cut, side).to(next(parts["vae"].parameters()).device)
         mean, std = family.encode_pixels(parts, pixels)
-        text = family.encode_text(parts, [shot.prompt for shot in shots])
+        text = family.encode_text(parts, [shot.prompt or unsaid for shot in shots])
         crop = Crop.whole(len(shots), side, side).to(mean.device)
-        found.append(Batch(mean, std, text, crop, keys=tuple(shot.key or shot.name for shot in shots)))
-    return found
-
-
-def value(found: Sequence[Tensor], levels: Tensor) -> Value:
-    """Of `losses` of several batches: the mean, pictures drawn anew for the interval; `parts` are the means by time."""
-    table = torch.cat(list(found), 1).double().numpy()
-    rows = table.mean(0)
-    estimate, low, high = bootstrap_mean(rows, np.arange(len(rows)), key="levels")
-    by_time = {f"t={time:.3f}": float(mean) for time, mean in zip(levels.tolist(), table.mean(1), strict=True)}
-    return Value(estimate, low, high, len(rows), rows, parts=by_time)
+        yield Batch(mean, std, text, crop, keys=tuple(shot.key or shot.name for shot in shots))

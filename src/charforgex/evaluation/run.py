@@ -56,7 +56,7 @@ def run(cfg: Any) -> dict[str, Any]:
     from charforgex.evaluation.metrics import registry
     from charforgex.evaluation.settings import Settings
 
-    values = {key: value for key, value in cfg.items() if key != "metrics"}
+    values = {key: value for key, value in cfg.items() if key not in ("metrics", "vote")}
     settings = bind(Settings, values, "")
     metrics = registry.load(cfg.get("metrics"))
     if not metrics:
@@ -67,8 +67,11 @@ def run(cfg: Any) -> dict[str, Any]:
     console = Console()
 
     entrants, notes = contestants.find(settings)
+    if cfg.get("vote"):
+        _check_vote(cfg.vote, entrants)
     trainings = list({one.training.folder: one.training for one in entrants if one.training is not None}.values())
     from charforgex.evaluation.character import read_character
+    from charforgex.evaluation.drawing import HeldOut
 
     character = read_character(settings, trainings, settings.cache_dir / "vectors")
     notes += character.notes
@@ -77,6 +80,8 @@ def run(cfg: Any) -> dict[str, Any]:
     studio, wanted = _studio(settings, entrants, trainings, templates, character) if settings.draws else (None, {})
     if studio is not None:
         notes += studio.stack.warnings
+        if "levels" in metrics:
+            studio.held_out = HeldOut(character.references, metrics["levels"].levels, character.trigger or "")
     plan = _plan(entrants, studio, wanted, finished)
     _show_plan(console, plan, character, metrics, notes)
     if settings.dry_run:
@@ -95,10 +100,10 @@ def run(cfg: Any) -> dict[str, Any]:
     if studio is not None:
         from charforgex.generation.report import progress
 
-        lacking = plan["pictures"] - plan["cached"]
-        if lacking:
+        drawing = [one for one in entrants if one.name in wanted]
+        if (lacking := plan["pictures"] - plan["cached"]) or any(studio.unheard(one) for one in drawing):
             with progress(lacking) as bar:
-                studio.draw([(one, wanted[one.name]) for one in entrants if one.name in wanted], bar)
+                studio.draw([(one, wanted[one.name]) for one in drawing], bar)
     drawn = time.perf_counter()
     entries = _entries(entrants, studio, wanted, finished, out, settings.cache_dir / "vectors")
     with console.status("measuring") as status:
@@ -111,6 +116,7 @@ def run(cfg: Any) -> dict[str, Any]:
         ends = _ends(metrics, case)
     result = _result(settings, cfg, entries, studio, metrics, measured, ends, notes)
     result["page"] = str(out / results.PAGE)
+    result["vote"] = str(_vote_page(cfg.vote, entries, character, out)) if cfg.get("vote") else None
     result["seconds"] |= {"measure": tried + time.perf_counter() - drawn}
     result = plain(result)  # as whoever reads the file has it
     shots = _write(out, result, entries, measured)
@@ -237,6 +243,15 @@ def _try(metrics: Mapping[str, Metric], character: Character) -> None:
             continue  # of the references alone; it is asked again
 
 
+def _check_vote(vote: Any, entrants: Sequence[Contestant]) -> None:
+    from charforgex.binding import arguments
+    from charforgex.evaluation.voting import write_page
+
+    arguments(write_page, vote, "vote", ("galleries", "references", "out"))
+    if len(entrants) < 2:
+        raise ConfigError(f"vote: {entrants[0].name} alone is no choice; name another LoRA, or leave vote out.")
+
+
 # ---- pictures and numbers ----
 
 
@@ -271,7 +286,8 @@ def _entries(
             path = place(studio.file(ask), out / file)
             shots.append(Shot(path, ask.prompt, ask.template.pack, ask.seed, ask.key))
             files.append(file)
-        entries.append(Entry(one, Gallery(one.name, shots, cache), [ask.template.text for ask in wanted[one.name]], files))
+        gallery = Gallery(one.name, shots, cache, studio.losses(one))
+        entries.append(Entry(one, gallery, [ask.template.text for ask in wanted[one.name]], files))
     return entries
 
 
@@ -290,7 +306,16 @@ def _calling(gallery: Gallery | None) -> tuple[Gallery | None, list[int]]:
     if gallery is None:
         return None, []
     places = [i for i, shot in enumerate(gallery.shots) if shot.pack not in UNCALLED]
-    return Gallery(gallery.name, [gallery.shots[i] for i in places], gallery.cache), places
+    return Gallery(gallery.name, [gallery.shots[i] for i in places], gallery.cache, gallery.losses), places
+
+
+def _vote_page(vote: Any, entries: Sequence[Entry], character: Character, out: Path) -> Path:
+    """People are asked about pictures of the character; the base model is in it only where there is no other choice."""
+    from charforgex.evaluation.voting import write_page
+
+    asked = [entry for entry in entries if entry.contestant.kind != "base"]
+    galleries = [_calling(entry.gallery)[0] for entry in (asked if len(asked) > 1 else entries)]
+    return bind(write_page, vote, "vote", galleries=galleries, references=character.references, out=out)
 
 
 def pack_of(metric: Metric) -> str | None:

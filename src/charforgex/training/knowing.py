@@ -21,6 +21,7 @@ from charforgex.evaluation import choosing, levels
 from charforgex.evaluation.alignment import Follower
 from charforgex.evaluation.identity import similarity
 from charforgex.evaluation.memory import nearest
+from charforgex.evaluation.metrics.levels import value
 from charforgex.evaluation.variety import diversity
 from charforgex.families.base import Family
 from charforgex.generation.sampling import sample
@@ -139,8 +140,8 @@ class Knowing:
         with torch.no_grad(), computing_in(next(denoiser.parameters()).dtype, denoiser.device):
             seen = [self.live.batch(batch.to(denoiser.device)) for batch in self.data.validation()]
             found = [levels.losses(self.family, denoiser, self.process, batch, count) for batch in seen]
-        value = levels.value(found, levels.times(self.process, count))
-        return value.estimate, value.parts
+        told = value(torch.cat(found, 1).numpy(), levels.times(self.process, count).tolist())
+        return told.estimate, told.parts
 
     def _measure(self, pictures: Sequence[Image.Image]) -> dict:
         features = self.follower.features(pictures)

@@ -29,6 +29,7 @@ METRICS: dict[str, str] = {  # name -> "module:Class"
     "manifold": "charforgex.evaluation.metrics.manifold:ManifoldMetric",
     "vendi": "charforgex.evaluation.metrics.vendi:Vendi",
     "pairwise": "charforgex.evaluation.metrics.pairwise:Pairwise",
+    "levels": "charforgex.evaluation.metrics.levels:Levels",
     "memorisation": "charforgex.evaluation.metrics.memorisation:Memorisation",
 }
 
