@@ -83,7 +83,7 @@ def moments(vectors_ND: np.ndarray) -> Moments:
         return Moments(mean, factor, count)
     mean = sum(block.sum(axis=0) for _, block in in_blocks(vectors_ND)) / count
     factor = np.zeros((0, width))
-    for _, block in in_blocks(vectors_ND, width):
+    for _, block in in_blocks(vectors_ND, 2 * width):
         factor = np.linalg.qr(np.concatenate([factor, block - mean]), mode="r")
     return Moments(mean, factor, count)
 
