@@ -204,6 +204,15 @@ def test_leading_directions_are_within_a_thousandth_of_the_best():
         assert lowrank.keep_error(budget * 1.0001)(found) == 20, name
 
 
+def test_a_change_of_few_directions_is_found_quickly_and_whole():
+    """After its last direction only rounding is left, in which there is nothing to be found."""
+    generator = torch.Generator().manual_seed(4)
+    for shape in ((700, 900), (2600, 700)):
+        change = torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)
+        found = leading_spectrum(change, 32, torch.Generator().manual_seed(0))
+        assert float((change - found.truncated(8).dense()).norm() / change.norm()) < 1e-5
+
+
 def test_directions_that_do_not_settle_are_found_exactly(home, tmp_path, monkeypatch):
     """SDXL has layers large enough for the quick way."""
     here = home("sdxl")

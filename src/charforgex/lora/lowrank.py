@@ -220,23 +220,27 @@ def leading_spectrum(change: Tensor, rank: int, generator: torch.Generator) -> S
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     start = torch.randn(matrix.shape[0], rank + SPARE, generator=generator)
     basis = torch.linalg.qr(matrix.T @ start)[0]
-    images, gains = matrix @ basis, []
-    held = 0.0
+    images, gains, gram = matrix @ basis, [], torch.empty(0, 0, dtype=torch.float64)
+    held, width = 0.0, start.shape[1]
     for _ in range(BLOCKS):
-        squares, vectors = torch.linalg.eigh(images.T.double() @ images.double())
-        gains.append(float(squares[-rank:].sum()) - held)
+        across = images.T.double() @ images[:, -width:].double()
+        gram = torch.cat([torch.cat([gram, across[:-width]], dim=1), across.T])
+        gains.append(float(torch.linalg.eigvalsh(gram)[-rank:].sum()) - held)
         held += gains[-1]
+        if gains[-1] <= FLOAT32 * total:  # nothing is left but rounding, of which no basis can be made
+            break
         if len(gains) > 3:  # the first ones are the strong directions' and say nothing of a flat rest
             ratio = min(max(gains[-1] / gains[-2], 0.0), 0.95) if gains[-2] > 0 else 0.0
             coming = gains[-1] * ratio / (1 - ratio)
-            if coming <= max(SETTLED * (total - held), FLOAT32 * total):  # half of what SETTLED allows: gains may fall more slowly
+            if coming <= SETTLED * (total - held):  # half of what SETTLED allows: gains may fall more slowly
                 break
-        block = matrix.T @ images[:, -start.shape[1] :]
+        block = matrix.T @ images[:, -width:]
         for _ in range(2):  # once leaves too much of what is there already
             block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, matrix @ block], dim=1)
     else:
         return None
+    squares, vectors = torch.linalg.eigh(gram)
     values, vectors = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank].float()
     kept = values > EXACT * values[0]
     values, vectors = values[kept].float(), vectors[:, kept]
