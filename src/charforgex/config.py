@@ -300,7 +300,11 @@ def _wrong_choice(override: Any, options: Sequence[str]) -> Iterator[str]:
     if override.is_delete():
         yield NEEDED.format(group)
         return
-    value = override.value() if not override.is_sweep_override() else list(override.sweep_string_iterator())
+    if override.is_sweep_override():
+        for choice in override.sweep_string_iterator():
+            yield from _wrong_choice(_parse(f"{group}={choice}"), options)
+        return
+    value = override.value()
     for choice in value if isinstance(value, list) else [value]:
         if not isinstance(choice, dict) and str(choice) not in options:
             yield not_among(f"{group}={show(choice)}", str(choice), options)

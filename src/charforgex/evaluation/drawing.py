@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,11 +29,14 @@ from charforgex.generation.stack import Adapter, Stack
 from charforgex.runs import write_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from charforgex.evaluation.gallery import Gallery
     from charforgex.types import Components, Text
 
 NAMES = ("template", "base", "base_is_file")  # of a recipe, that change no picture
 SPEED = "speed.json"
+WRITERS = 4  # threads that compress and write pictures while the next ones are drawn
 
 
 @dataclass(frozen=True)
@@ -241,10 +245,7 @@ class Studio:
                     unload_adapter(parts, name)
 
     def _draw(self, parts: Components, asks: Sequence[Ask], texts: dict[str, Text], name: str, bar: Bar) -> None:
-        import torch
-
-        from charforgex.generation.sampling import needs_negative, sample
-        from charforgex.types import Text
+        from charforgex.generation.sampling import needs_negative
 
         settings, family = self.settings, self.stack.family
         guided = needs_negative(family, parts, settings.guidance, settings.true_guidance or 1.0)
@@ -255,35 +256,51 @@ class Studio:
                 texts[prompt] = family.encode_text(parts, [prompt]).to("cpu")
             return texts[prompt]
 
-        at = 0
-        while at < len(asks):
-            batch, done = asks[at : at + self.batch_size], 0.0
+        at, writing = 0, []
+        with ThreadPoolExecutor(WRITERS) as pool:  # a PNG takes as long as some steps, and its writer waits for the disk
+            while at < len(asks):
+                batch, pictures = self._batch(
+                    parts, asks[at : at + self.batch_size], said, said(settings.negative) if guided else None, name, bar
+                )
+                for write in writing:
+                    write.result()  # raises what the disk had to say
+                writing = [pool.submit(save_png, picture, self.file(ask), ask.recipe) for ask, picture in zip(batch, pictures, strict=True)]
+                self.drawn += len(batch)
+                at += len(batch)
+            for write in writing:
+                write.result()
 
-            def step(_: int, total: int, share: int = len(batch)) -> None:
-                nonlocal done
-                done += share / total
-                bar.step(share / total, f"drawing {name}")
+    def _batch(
+        self, parts: Components, asks: Sequence[Ask], said: Callable[[str], Text], negative: Text | None, name: str, bar: Bar
+    ) -> tuple[Sequence[Ask], list[Image]]:
+        """The pictures of the first of `asks`, of as many as the memory holds: half as many from now on where it does not hold all."""
+        import torch
 
-            try:
-                pictures = sample(
-                    family, parts, None, [ask.seed for ask in batch], text=Text.stack([said(ask.prompt) for ask in batch]),
-                    negative_text=said(settings.negative) if guided else None, size=self.size, steps=settings.steps,
-                    guidance=settings.guidance, true_guidance=settings.true_guidance, scheduler=settings.scheduler,
-                    batch_size=len(batch), on_step=step,
-                )  # fmt: skip
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise ModelError(
-                        "the device's memory is not enough for one picture; try dtype=bfloat16, or a smaller width and height."
-                    ) from error
-                bar.step(-done, f"drawing {name}")
-                self.batch_size = len(batch) // 2
-                torch.cuda.empty_cache()
-                continue
-            for ask, picture in zip(batch, pictures, strict=True):
-                save_png(picture, self.file(ask), ask.recipe)
-            self.drawn += len(batch)
-            at += len(batch)
+        from charforgex.generation.sampling import sample
+        from charforgex.types import Text
+
+        settings, done = self.settings, 0.0
+
+        def step(_: int, total: int) -> None:
+            nonlocal done
+            done += len(asks) / total
+            bar.step(len(asks) / total, f"drawing {name}")
+
+        try:
+            return asks, sample(
+                self.stack.family, parts, None, [ask.seed for ask in asks], text=Text.stack([said(ask.prompt) for ask in asks]),
+                negative_text=negative, size=self.size, steps=settings.steps, guidance=settings.guidance,
+                true_guidance=settings.true_guidance, scheduler=settings.scheduler, batch_size=len(asks), on_step=step,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            if len(asks) == 1:
+                raise ModelError(
+                    "the device's memory is not enough for one picture; try dtype=bfloat16, or a smaller width and height."
+                ) from error
+        bar.step(-done, f"drawing {name}")
+        self.batch_size = len(asks) // 2
+        torch.cuda.empty_cache()
+        return self._batch(parts, asks[: self.batch_size], said, negative, name, bar)
 
 
 def place(source: Path, target: Path) -> Path:
