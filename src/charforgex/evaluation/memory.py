@@ -115,7 +115,8 @@ def copy_limit(differences: np.ndarray, false_alarms: float) -> Limit:
     """From the smallest differences of real pictures to the training pictures that they are not.
 
     A conformal quantile (Vovk et al. 2005): a new picture like these n is below the r-th smallest of theirs with probability r / (n + 1),
-    whatever the distribution. Where n is too small for the rate that is asked for, the limit is the smallest and its rate 1 / (n + 1).
+    whatever the distribution, on average over what the n happen to be: one limit's own rate is off by about 1 / sqrt(r) of it.
+    Where n is too small for the rate that is asked for, the limit is the smallest and its rate 1 / (n + 1).
     Differences up to SAME are of the same picture twice, which tells nothing of different ones. Raises DataError for fewer than FEWEST.
     """
     different = np.sort(differences[differences > SAME])
