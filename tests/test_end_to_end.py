@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +71,20 @@ def test_generate_draws_with_it(trained):
     assert len(result["pictures"]) == 2, output
     picture = Image.open(folder / result["pictures"][0]["file"])
     assert "zatoki" in picture.text["parameters"] and "Lora hashes" in picture.text["parameters"]
+
+
+def test_evaluate_judges_its_checkpoints(trained):
+    """By the adapters that training itself saved: the best checkpoint's is the run's LoRA, bit for bit."""
+    folder, run_dir, _ = trained
+    output = run(
+        "evaluate.py", f"lora={run_dir}", "metric=[identity]", "pack=[]", "prompt=a portrait of a {trigger}", "count=1", "steps=1",
+        "out=judged", folder=folder,
+    )  # fmt: skip
+    result = json.loads((folder / "judged" / "result.json").read_text())
+    best = next(one for one in result["contestants"] if one["name"].endswith(", best"))
+    assert result["recommended"]["contestant"] in output and result["metrics"]["identity"]["values"][best["name"]]["count"] == 1
+    own, saved = (load_file(path) for path in (folder / best["loras"][0]["path"], run_dir / "debug.safetensors"))
+    assert own.keys() == saved.keys() and all(torch.equal(own[key], saved[key]) for key in own)
 
 
 def test_the_same_command_after_the_end_makes_a_new_run(trained):
