@@ -110,7 +110,8 @@ def test_each_is_drawn_as_if_it_were_alone(loras, tmp_path):
     first = [drawn(place, asks)[0] for _, asks in asked]
     assert len({picture.tobytes() for picture in first}) == 5
     recipe = read_recipe(place.file(asked[3][1][1]))
-    assert (recipe.seed, [use.name for use in recipe.loras], recipe.loras[0].scale) == (5, ["plain", "speaking"], 0.5)
+    assert recipe.seed == drawing.noise_seed(TEMPLATES[1].text, 5) != drawing.noise_seed(TEMPLATES[0].text, 5)
+    assert ([use.name for use in recipe.loras], recipe.loras[0].scale) == (["plain", "speaking"], 0.5)
 
 
 def test_everybody_gets_the_same_noise(loras, tmp_path, monkeypatch):
@@ -121,6 +122,7 @@ def test_everybody_gets_the_same_noise(loras, tmp_path, monkeypatch):
     plain = contestants(loras)[-1]
     place = studio(tmp_path, plain.loras[0], batch_size=4)
     asked = wanted(place, Contestant("base", "base"), plain, replace(plain, name="more", scale=1.0))
+    assert len({ask.seed for ask in asked[0][1]}) == 4  # no two prompts share any: what noise makes of a person is not counted twice
     place.draw(asked, Silent())
     assert len(seen) == 3 and all(torch.equal(own, seen[0]) for own in seen) and len(seen[0]) == 4
     off = place.asks(replace(plain, scale=0.0), TEMPLATES, (5, 9), "zqx woman", None)

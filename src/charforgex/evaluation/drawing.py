@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from charforgex.draws import seed_of
 from charforgex.errors import ModelError
 from charforgex.evaluation.contestants import Contestant
 from charforgex.evaluation.packs import Template, class_of
@@ -26,6 +27,7 @@ from charforgex.generation.metadata import LoraUse, Recipe, save_png
 from charforgex.generation.report import Bar
 from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.stack import Adapter, Stack
+from charforgex.quiet import quiet
 from charforgex.runs import write_json
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Studio:
         uses = tuple(replace(self._use(path), scale=contestant.scale) for path in contestant.loras)
         found = []
         for template in templates:
-            for seed in seeds:
+            for seed in (noise_seed(template.text, number) for number in seeds):
                 prompt = template.prompt(seed, trigger, what)
                 recipe = Recipe(
                     prompt=prompt, template=template.text, seed=seed, base_sha256=self._weights["denoiser"], loras=uses, **self.shared
@@ -174,7 +176,8 @@ class Studio:
         if not any(asks or self.unheard(contestant) for contestant, asks in missing):
             return
         bar.say(f"loading {self.shared['base']}")
-        parts = load(replace(self.stack, adapters=[]), self.device, self.dtype, self.tokenizer)
+        with quiet():
+            parts = load(replace(self.stack, adapters=[]), self.device, self.dtype, self.tokenizer)
         texts: dict[str, Text] = {}  # what the base says of each prompt
         for contestant, asks in missing:
             if asks or self.unheard(contestant):
@@ -301,6 +304,12 @@ class Studio:
         self.batch_size = len(asks) // 2
         torch.cuda.empty_cache()
         return self._batch(parts, asks[: self.batch_size], said, negative, name, bar)
+
+
+def noise_seed(template: str, number: int) -> int:
+    """The seed of a prompt's picture `number`: another one for each prompt, as pictures of one noise resemble each other across prompts and
+    a base may well draw somebody like the character from it."""
+    return seed_of("evaluation", template, number) % 1_000_000
 
 
 def place(source: Path, target: Path) -> Path:
