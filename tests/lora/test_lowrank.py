@@ -1,6 +1,9 @@
 """Everything against dense matrices in float64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,6 +103,19 @@ def test_the_largest_directions_lack_no_more_than_the_least(kind, scale):
             lacks = float((whole(found.truncated(rank)) - change.double()).norm() / exact.norm()) if exact[0] else 0.0
             assert lacks == pytest.approx(best, rel=1e-5, abs=2e-6), (rank, "what it lacks")
             assert found.error(rank) == pytest.approx(best, rel=1e-5, abs=2e-6), (rank, "what it tells")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_lapack_has_one_thread_and_the_environment_is_left_alone():
+    code = (
+        "import os; from charforgex.lora import lowrank; count = lambda: len(os.listdir('/proc/self/task')); before = count();"
+        "lowrank._one_threaded_linalg(); print(count() - before, os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    for given, told in ((None, "0 None"), ("1", "0 1")):
+        environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"} | {"OMP_NUM_THREADS": "4"}
+        environment |= {"OPENBLAS_NUM_THREADS": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == told
 
 
 def test_equal_and_zero_factors():

@@ -10,7 +10,10 @@ Numbers are float32 or float64 as they come; results agree with dense float64 to
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ EXACT = 1e-6  # singular values below this share of the largest are rounding
 SETTLED = 1e-3  # by which share of the best error that of leading directions may be larger
 SPARE, BLOCKS = 8, 8  # of `leading_spectrum`: directions besides those that are wanted, and how often that many are added
 ROUNDED = 1e-2  # least energy of other directions, by rank and the largest's, beside which float32's rounding changes an error by < 1e-5
+THREADS = "OPENBLAS_NUM_THREADS"
 SQUARABLE = 1e-20, 1e30  # energies of changes whose values float32 can square
 FLOAT32 = 1e-10  # share of the energy below which float32 products tell nothing
 
@@ -150,13 +154,12 @@ def _largest(matrix: Tensor, rank: int, energy: float) -> Spectrum | None:
     Directions are found in the Gram matrix of the matrix's own precision, and the values are what the matrix does along them: in float32
     what is lost to rounding is below 1e-7 rank values[0]^2, measured on spectra from flat to steep.
     """
-    from scipy.linalg import eigh, get_blas_funcs
-
+    linalg = _one_threaded_linalg()
     array, tall = matrix.contiguous().numpy(), matrix.shape[0] >= matrix.shape[1]
-    (syrk,) = get_blas_funcs(("syrk",), (array,))
+    (syrk,) = linalg.get_blas_funcs(("syrk",), (array,))
     gram = syrk(1.0, array.T, trans=int(not tall), lower=1)  # one half of it, for half of the work
     ends = [len(gram) - rank, len(gram) - 1]
-    _, vectors = eigh(gram, subset_by_index=ends, driver="evr", lower=True, overwrite_a=True, check_finite=False)
+    _, vectors = linalg.eigh(gram, subset_by_index=ends, driver="evr", lower=True, overwrite_a=True, check_finite=False)
     if vectors.shape[1] < rank:
         return None
     vectors = torch.from_numpy(vectors).double()
@@ -164,6 +167,23 @@ def _largest(matrix: Tensor, rank: int, energy: float) -> Spectrum | None:
     squares, turned = torch.linalg.eigh(images.double().T @ images.double())
     values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors @ turned.flip(1)
     return _spectrum_of(matrix, values, vectors.to(matrix.dtype), max(0.0, energy - float(squares.sum())))
+
+
+@cache
+def _one_threaded_linalg() -> ModuleType:
+    """scipy.linalg, with one thread unless OPENBLAS_NUM_THREADS says another number, which it reads when it is loaded.
+
+    Eigenvectors come in thousands of short steps, at each of which threads wait for each other: two of them, on two cores that have other
+    work too, took eight times as much time as one.
+    """
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = before or "1"
+    try:
+        import scipy.linalg
+    finally:
+        if before is None:
+            del os.environ[THREADS]
+    return scipy.linalg
 
 
 def _spectrum_of(matrix: Tensor, values: Tensor, vectors: Tensor, rest: float) -> Spectrum:
