@@ -152,8 +152,13 @@ class Baker:
         from charforgex.lora.state import some
 
         for name in sorted(self.names):
-            for file, chosen in zip(self.files, self.chosen, strict=True):
+            for file, chosen, strength in zip(self.files, self.chosen, self.strengths, strict=True):
                 layer = file.layer(name) if name in chosen else None
+                if layer is not None and layer.kind == "dora" and strength < 0:
+                    raise LoraError(
+                        f"{name} is DoRA, whose change depends on the weight that it was baked into: weights={strength:g} cannot take it "
+                        "out. Keep the base as it was."
+                    )
                 if layer is not None and not layer.fits(weights.shape(name)):
                     raise LoraError(
                         f"{name} changes a weight of {layer.weight_shape}, and that of {weights.path} is {weights.shape(name)}."
