@@ -31,7 +31,10 @@ COMMANDS = {
     "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
 # What may stand alone on the command line, by its end, and its setting
-FILES = {"merge": (".safetensors", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"), "bench": ("", "suite")}
+FILES = {
+    "merge": (".safetensors", "lora"), "evaluate": ("", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"),
+    "bench": ("", "suite"),
+}  # fmt: skip
 # Hydra's flags that a word follows
 FLAGS = ["--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"]
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml

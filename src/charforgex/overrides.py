@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-TEXTS = ("prompt", "negative", "trigger")  # settings, by the last part of their name, that hold a sentence
+TEXTS = ("prompt", "negative", "trigger", "question", "note", "settings")  # settings, by the last part of their name, that hold a sentence
 PLAIN = re.compile(r"[A-Za-z0-9_./~@%+-]*[A-Za-z_/][A-Za-z0-9_./~@%+-]*")
 NAME = re.compile(r"[A-Za-z_]\w*")  # others, such as patterns, cannot be spelled with dots: their mapping is one value
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")

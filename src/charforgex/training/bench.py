@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ class BenchSettings:
 
     suite: str = "characters"
     families: list[str] = field(default_factory=lambda: ["sdxl", "flux", "sd3"])
-    settings: list[str] = field(default_factory=list)
+    settings: str = ""
     note: str = ""
     characters: list[Annotated[int, Range(at_least=0)]] | None = None
     runs_dir: Path = Path("runs/bench")
@@ -49,9 +50,17 @@ class BenchSettings:
         for name in ("families", "characters"):
             if (given := getattr(self, name)) is not None and (not given or len(set(given)) < len(given)):
                 raise ConfigError(f"{name}={given} must name some, each once.")
-        taken = [text for text in self.settings if re.match(r"(data\.source|data\.trigger|family|run_dir|runs_dir|curation)=", text)]
+        taken = [text for text in self.overrides if re.match(r"(data\.source|data\.trigger|family|run_dir|runs_dir|curation)=", text)]
         if taken:
-            raise ConfigError(f"settings={taken} is the suite's own; leave it out, and choose families with families=[...].")
+            raise ConfigError(f"settings={' '.join(taken)} is the suite's own; leave it out, and choose families with families=[...].")
+
+    @property
+    def overrides(self) -> list[str]:
+        """`settings` as words. Raises ConfigError for a quote that does not end."""
+        try:
+            return shlex.split(self.settings)
+        except ValueError as error:
+            raise ConfigError(f"settings={self.settings} cannot be read: {error}.") from error
 
     @property
     def whole(self) -> bool:
@@ -87,7 +96,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
 
 def training(settings: BenchSettings, family: str, number: int) -> DictConfig:
     """The config of one training, its folder named by what is trained. Raises ConfigError."""
-    said = [*TRAINED, *settings.settings, f"family={family}", f"data.source=charworld:{number}"]
+    said = [*TRAINED, *settings.overrides, f"family={family}", f"data.source=charworld:{number}"]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
     return compose("train", [*said, f"runs_dir={settings.runs_dir}", f"run_dir={settings.runs_dir}/{family}-{number}-{key}"])
 
@@ -140,7 +149,7 @@ def entry(family: str, settings: BenchSettings, found: Mapping[int, Mapping[str,
     hashes = {group: weights_hash(known, config.family.source, group, config.family.tokenizer) for group in ("denoiser", "vae", "text")}
     return runs.plain(
         {
-            "suite": settings.suite, "version": VERSION, "suite_hash": suite_hash(), "family": family, "settings": list(settings.settings),
+            "suite": settings.suite, "version": VERSION, "suite_hash": suite_hash(), "family": family, "settings": settings.overrides,
             "note": settings.note, "means": means, "characters": {str(number): dict(values) for number, values in found.items()},
             "date": datetime.now(UTC).date().isoformat(), "code": runs.git_state(), "versions": runs.versions(), "base": hashes,
         }
