@@ -209,3 +209,12 @@ def test_settings_may_stand_on_both_sides_of_a_flag(typed, meant):
 def test_a_sweep_whose_flag_stands_between_settings(small, capsys):
     assert small("data.folder=x", "-m", "lora.rank=2,4", "family=flux") == 0
     assert capsys.readouterr().out.count("RAN flux") == 2
+
+
+def test_commands_that_run_others_do_so_from_the_command_line(tmp_path):
+    """`bench` and `ablate` compose configs of train.py and evaluate.py while Hydra runs them."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from charforgex.cli import main; main()", "bench", "characters", "settings=lora.rnak=4"], cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("ConfigError: lora.rnak is unknown")

@@ -142,3 +142,14 @@ def test_a_group_that_is_placed_elsewhere_is_named_as_it_is_chosen():
 def test_generate_takes_a_lora_by_its_path():
     """`lora` is a setting of generate.py: no config group of that name may get in its way."""
     assert compose("generate", ["lora=runs/a-b/lora.safetensors", "prompt=x"]).lora == "runs/a-b/lora.safetensors"
+
+
+def test_a_running_command_may_compose_another_s_config():
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        assert compose("train", ["seed=3"]).seed == 3
+        assert GlobalHydra.instance().hydra is outer
+    assert not GlobalHydra.instance().is_initialized()

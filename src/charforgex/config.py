@@ -72,9 +72,14 @@ def compose(config_name: str, overrides: Sequence[str] = (), folder: Path | None
     from hydra.core.global_hydra import GlobalHydra
 
     search = Search(config_name, prepare(folder))
-    with explained(search, overrides), initialize_config_dir(str(search.folder), version_base="1.3"):
-        cfg = hydra_compose(config_name, list(overrides))
-        check(cfg, GlobalHydra.instance().config_loader(), config_name, overrides)
+    outer = GlobalHydra.instance().hydra  # of a command that composes another's config, such as bench
+    GlobalHydra.instance().clear()
+    try:
+        with explained(search, overrides), initialize_config_dir(str(search.folder), version_base="1.3"):
+            cfg = hydra_compose(config_name, list(overrides))
+            check(cfg, GlobalHydra.instance().config_loader(), config_name, overrides)
+    finally:
+        GlobalHydra.instance().hydra = outer
     return cfg
 
 
