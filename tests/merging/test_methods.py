@@ -152,7 +152,7 @@ def test_a_few_rows_at_a_time_make_what_all_do(monkeypatch):
     draw = torch.Generator().manual_seed(6)
     changes, keys = [torch.randn(40, 30, generator=draw) for _ in range(2)], [(0,), (1,)]
     for name, options in (("ties", {}), ("dare_ties", {"keys": keys}), ("della", {"keys": keys}), ("dare_linear", {"keys": keys})):
-        monkeypatch.setattr(methods, "CACHED", 1 << 17)
+        monkeypatch.setattr(methods, "CACHED", 1 << 20)
         whole = getattr(methods, name)(changes, [1.0, 0.5], **options)
         monkeypatch.setattr(methods, "CACHED", 7 * 30)
         assert torch.equal(getattr(methods, name)(changes, [1.0, 0.5], **options), whole), name

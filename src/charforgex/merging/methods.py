@@ -22,7 +22,7 @@ from charforgex.lora.lowrank import Product
 
 Sign = Literal["total", "frequency"]
 STEPS, SETTLED = 200, 1e-13  # of the mean on a sphere
-CACHED = 1 << 17  # values of a matrix that are worked on at once
+CACHED = 1 << 15  # values of a matrix that are worked on at once: what is more, torch gives to several threads, which wait for each other
 SAMPLED = 61  # one value in so many tells where a border lies
 
 
