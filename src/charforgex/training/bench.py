@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from charforgex import runs
 from charforgex.binding import Range, bind
+from charforgex.charworld.demo import DEMO
 from charforgex.config import compose
 from charforgex.errors import ConfigError
 
@@ -96,7 +97,7 @@ def bench(cfg: DictConfig) -> dict[str, Any]:
 
 def training(settings: BenchSettings, family: str, number: int) -> DictConfig:
     """The config of one training, its folder named by what is trained. Raises ConfigError."""
-    said = [*TRAINED, *settings.overrides, f"family={family}", f"data.source=charworld:{number}"]
+    said = [*TRAINED, *settings.overrides, f"family={family}", f"data.source={DEMO}{number}"]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
     return compose("train", [*said, f"runs_dir={settings.runs_dir}", f"run_dir={settings.runs_dir}/{family}-{number}-{key}"])
 
@@ -110,7 +111,8 @@ def measured(config: DictConfig, settings: BenchSettings, number: int) -> dict[s
     folder = Path(config.run_dir)
     told = folder / "result.json"
     result = json.loads(told.read_text(encoding="utf-8")) if told.exists() else run(config)
-    asked = [f"lora={result['lora']}", *ASKED, f"out={folder}/bench", "overwrite=true", f"cache_dir={settings.runs_dir}/cache"]
+    against = [f"references={DEMO}{number}", f"training={folder}/pictures"]
+    asked = [f"lora={result['lora']}", *ASKED, *against, f"out={folder}/bench", "overwrite=true", f"cache_dir={settings.runs_dir}/cache"]
     found = evaluate(compose("evaluate", asked))
     (lora,) = (row["name"] for row in found["contestants"] if row["kind"] == "lora")
     values = {}
