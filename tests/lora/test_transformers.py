@@ -84,7 +84,9 @@ def test_a_wrong_value_in_a_restated_layer_is_not_saved(tmp_path):
 def test_what_a_format_cannot_hold_is_named():
     family = Flux()
     parts, lora = trained(family, [*ATTENTION, "proj_mlp", "norm1.linear"])
-    with pytest.raises(LoraError, match=r"2 of \d+ layers have no place in the format xlabs, but in diffusers and kohya and comfyui: .*proj_mlp"):
+    with pytest.raises(
+        LoraError, match=r"2 of \d+ layers have no place in the format xlabs, but in diffusers and kohya and comfyui: .*proj_mlp"
+    ):
         writing.to_tensors(lora, "xlabs", family, parts.denoiser.config, torch.float32)
     with pytest.raises(LoraError, match="sd3 has no LoRA format xlabs; choose diffusers, kohya, comfyui, ai-toolkit"):
         writing.to_tensors(lora, "xlabs", Sd3(), Sd3().tiny().denoiser.config, torch.float32)
