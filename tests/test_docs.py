@@ -12,7 +12,8 @@ from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:python (?=\w+\.py)|charforgex )(train|generate|curate|evaluate|compare|votes|bench|merge|lora \w+)(?:\.py)?((?: [^\n`#]*)?)")
+OURS = r"train|generate|curate|evaluate|compare|votes|bench|merge|lora \w+"
+COMMAND = re.compile(rf"(?:python (?=\w+\.py)|charforgex )({OURS})(?:\.py)?((?: [^\n`#]*)?)")
 
 
 def commands() -> list[tuple[str, str, str]]:

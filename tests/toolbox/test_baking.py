@@ -118,7 +118,7 @@ def test_several_loras_of_several_kinds_add_up(home, tmp_path):
     expected = weight + one.scale * one.up @ one.down + 0.5 * (two.magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight)
     expected -= 2 * (three.w1_a @ three.w1_b) * (three.w2_a @ three.w2_b) / 3
     torch.testing.assert_close(part.read(place), expected, rtol=0, atol=1e-5)
-    with pytest.raises(LoraError, match="is DoRA.*cannot take it out"):
+    with pytest.raises(LoraError, match=r"is DoRA.*cannot take it out"):
         bake({"lora": paths[1], "base": str(here / "base"), "weights": -1, "out": str(tmp_path / "back")})
 
 
