@@ -1,6 +1,7 @@
 """The record of the character benchmark: what a line says, and what may be held against what."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,8 @@ from charforgex.config import compose
 from charforgex.errors import ConfigError
 from charforgex.training import bench
 from charforgex.training.bench import BenchSettings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def line(gains, family="sdxl", suite="abc", **more):
@@ -74,3 +77,10 @@ def test_a_look_at_one_character_is_measured_and_not_recorded(tmp_path, monkeypa
     (one,) = found["lines"]
     assert set(one["means"]) == set(bench.TOLD) and one["means"]["gain"]["low"] is None
     assert one["characters"]["0"]["base_identity"] < 0.3 and len(one["base"]["denoiser"]) == 64
+
+
+def test_the_record_is_of_this_suite_or_of_another_version():
+    """Whoever changes what the suite asks for counts its version up, or old lines would be taken for comparable ones."""
+    lines = bench.recorded(ROOT / "docs/benchmarks/characters.jsonl")
+    assert lines
+    assert {line["suite_hash"] for line in lines if line["version"] == bench.VERSION} <= {bench.suite_hash()}
