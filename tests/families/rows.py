@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.base import Family
 from charforgex.families.flux import Flux
 from charforgex.families.sd3 import Sd3
 from charforgex.families.sdxl import Sdxl
+from charforgex.lora import formats
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,18 @@ class Row:
     pooled_D: int | None
     latent_Chw: tuple[int, int, int]  # of a picture of `size`
     size: tuple[int, int] = (48, 64)  # pixels, not square, so that a swapped side shows
+    frames: tuple[int, ...] = ()  # of a clip, for families of video: one number
+    formats: tuple[str, ...] = tuple(formats.FORMATS)  # LoRA formats that hold any of its layers
+    beta_schedule: str = "scaled_linear"  # of those that have betas
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The shape of one picture or clip."""
+        return (3, *self.frames, *self.size)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return (self.latent_Chw[0], *self.frames, *self.latent_Chw[1:])
 
     def __str__(self) -> str:
         return self.family.name
@@ -28,4 +42,11 @@ ROWS = [
     Row(Sdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 6, 8)),
     Row(Flux(), tokens_LD=(24, 32), pooled_D=32, latent_Chw=(4, 6, 8)),
     Row(Sd3(), tokens_LD=(77 + 24, 64), pooled_D=64, latent_Chw=(4, 6, 8)),
+]
+
+# Families that no registry names yet, because they load nothing but their tiny model: they keep all other promises
+AHEAD = [
+    Row(
+        AnimateDiff(), tokens_LD=(77, 32), pooled_D=None, latent_Chw=(4, 6, 8), frames=(3,), formats=("diffusers",), beta_schedule="linear"
+    ),
 ]

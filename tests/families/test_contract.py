@@ -14,12 +14,12 @@ from charforgex.lora.inject import adapter_parameters, inject, load_adapter, rea
 from charforgex.training.losses import Objective, diffusion_loss
 from charforgex.types import Batch, Crop, Text
 from tests.families.conftest import listing
-from tests.families.rows import ROWS, Row
+from tests.families.rows import AHEAD, ROWS, Row
 
 CAPTIONS = ["a photo of a man with red hair", "a dog at the beach"]
 
 
-@pytest.fixture(params=ROWS, ids=str)
+@pytest.fixture(params=[*ROWS, *AHEAD], ids=str)
 def row(request) -> Row:
     return request.param
 
@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(row: Row, parts) -> Batch:
-    mean, std = row.family.encode_pixels(parts, draw(2, 3, *row.size).clamp(-1, 1))
+    mean, std = row.family.encode_pixels(parts, draw(2, *row.pixels).clamp(-1, 1))
     return Batch(mean, std, row.family.encode_text(parts, CAPTIONS), Crop.whole(2, *row.size))
 
 
@@ -65,9 +65,9 @@ def test_text_has_the_promised_shapes(row, parts):
 
 
 def test_pixels_come_back_in_size_and_range(row, parts):
-    pixels = draw(2, 3, *row.size).clamp(-1, 1)
+    pixels = draw(2, *row.pixels).clamp(-1, 1)
     mean, std = row.family.encode_pixels(parts, pixels)
-    assert mean.shape == std.shape == (2, *row.latent_Chw)
+    assert mean.shape == std.shape == (2, *row.latents)
     assert mean.dtype == std.dtype == torch.float32
     assert (std > 0).all()
     assert row.latent_Chw[1:] == tuple(side // row.family.latent_stride(parts) for side in row.size)
@@ -80,7 +80,7 @@ def test_pixels_come_back_in_size_and_range(row, parts):
 
 def test_noise_vanishes_towards_zero(row, parts):
     process = row.family.process(parts)
-    clean, noise = draw(2, *row.latent_Chw), draw(2, *row.latent_Chw, seed=1)
+    clean, noise = draw(2, *row.latents), draw(2, *row.latents, seed=1)
     shares = [(process.add_noise(clean, noise, torch.full((2,), t)) - clean).square().mean().sqrt().item() for t in (0, 0.01, 0.1, 0.5)]
     assert shares == sorted(shares)
     assert shares[0] < 0.05 < 0.5 < shares[-1]
@@ -88,7 +88,7 @@ def test_noise_vanishes_towards_zero(row, parts):
 
 def test_to_clean_inverts_add_noise(row, parts):
     process = row.family.process(parts)
-    clean, noise = draw(5, *row.latent_Chw), draw(5, *row.latent_Chw, seed=1)
+    clean, noise = draw(5, *row.latents), draw(5, *row.latents, seed=1)
     t = process.snap(torch.tensor([0.0, 0.05, 0.5, 0.9, 1.0]))
     assert t.dtype == torch.float32
     back = process.to_clean(process.add_noise(clean, noise, t), process.target(clean, noise, t), t)
@@ -147,7 +147,7 @@ def test_scale_zero_changes_nothing_and_scale_one_does(row, parts):
         assert torch.equal(predict(row, fresh, batch), base)
 
 
-@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize(("row", "format"), [(row, format) for row in [*ROWS, *AHEAD] for format in row.formats], ids=str)
 def test_save_load_save_is_identical(row, parts, format, tmp_path):
     inject(parts.denoiser, row.family.lora_targets("all", parts.denoiser.config), rank=3, alpha=1.5)
     move(parts)
@@ -161,6 +161,7 @@ def test_save_load_save_is_identical(row, parts, format, tmp_path):
     assert read.alphas() == [1.5]
 
 
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
     """From the listing of its published single-file checkpoints; its LoRAs are LoRAs, its denoiser alone is no base."""
     keys = listing(row.family.name)
@@ -188,13 +189,20 @@ def test_presets_are_named_when_one_is_unknown(row, parts):
 # ---- the value of the loss ----
 
 
-def exact_losses(prediction, clean, noise, index, mask, kind: str, gamma: float) -> np.ndarray:
-    """The per-picture losses of a scaled_linear DDPM written from the definitions, in float64."""
-    betas = np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2
-    power = np.cumprod(1 - betas)[index][:, None, None, None]
+def exact_power(index, schedule: str, like: np.ndarray) -> np.ndarray:
+    """The signal's power at each index, from the definition of the betas, for what has the shape `like`."""
+    root = np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2
+    betas = {"scaled_linear": root, "linear": np.linspace(0.00085, 0.012, 1000)}[schedule]
+    return np.cumprod(1 - betas)[index].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def exact_losses(prediction, clean, noise, index, mask, kind: str, gamma: float, schedule: str = "scaled_linear") -> np.ndarray:
+    """The per-picture losses of a DDPM written from the definitions, in float64."""
+    power = exact_power(index, schedule, clean)
     target = noise if kind == "epsilon" else np.sqrt(power) * noise - np.sqrt(1 - power) * clean
     error = mask * (prediction - target) ** 2
-    mean = error.sum((1, 2, 3)) / (np.broadcast_to(mask, error.shape).sum((1, 2, 3)))
+    rest = tuple(range(1, error.ndim))
+    mean = error.sum(rest) / (np.broadcast_to(mask, error.shape).sum(rest))
     snr = (power / (1 - power)).ravel()
     return np.minimum(snr, gamma) / (snr if kind == "epsilon" else snr + 1) * mean
 
@@ -262,9 +270,9 @@ def test_the_objective_is_the_worked_example_on_a_whole_family(row, parts):
     else:
         index = np.array([200, 899])
         np.testing.assert_allclose(told * 999, index, rtol=1e-6)
-        power = np.cumprod(1 - np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2)[index][:, None, None, None]
+        power = exact_power(index, row.beta_schedule, noisy)
         clean = (noisy - np.sqrt(1 - power) * noise) / np.sqrt(power)
-        expected = exact_losses(prediction, clean, noise, index, np.ones((1, 1, 1, 1)), process.prediction, 5.0)
+        expected = exact_losses(prediction, clean, noise, index, np.ones([1] * noisy.ndim), process.prediction, 5.0, row.beta_schedule)
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     apart = np.abs(clean - batch.mean_BChw.double().numpy()) / batch.std_BChw.double().numpy()
     assert 0.5 < apart.mean() < 1.1, "a fresh sample of the posterior, not its mean"

@@ -1,0 +1,160 @@
+"""AnimateDiff: Stable Diffusion 1.5 with motion modules, which attend over a clip's frames. Guo et al. 2023.
+
+A clip is (B, P, T, H, W), its latents are (B, C, T, h, w); a picture is a clip of one frame. The motion modules were trained with betas
+that rise linearly, which those of the base itself do not: with the base's schedule clips flicker and wash out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from charforgex.errors import ConfigError
+from charforgex.families import sgm, spelled
+from charforgex.families.base import Family
+from charforgex.families.parts import adaptable, read_config
+from charforgex.families.process import Ddpm
+from charforgex.families.text import seen, token_ids
+from charforgex.types import Components, Crop, Text
+
+CHUNK = 16  # frames that the VAE sees at once, so that its memory does not grow with the clip
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+TARGETS = {  # preset -> where, and the ends of the modules there
+    "attention": {"attentions": ATTENTION, "motion_modules": ATTENTION},
+    "spatial": {"attentions": ATTENTION},
+    "temporal": {"motion_modules": ATTENTION},
+    # without proj_in and proj_out of motion modules: diffusers calls those in a way that peft's layers do not take
+    "attention_mlp": {"attentions": (*MLP, "proj_in", "proj_out"), "motion_modules": MLP},
+}
+TARGETS["all"] = {**TARGETS["attention_mlp"], "resnets": RESNETS}
+
+
+class AnimateDiff(spelled.AnimateDiff, Family):
+    is_video = True
+    components: ClassVar = {
+        **spelled.AnimateDiff.components,
+        "vae": {"vae": "diffusers.AutoencoderKL"},
+    }
+    pipelines = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
+    original: ClassVar = {**spelled.AnimateDiff.original, "vae": sgm.vae_spellings("first_stage_model.")}
+    reads_text = ("attn2.to_k", "attn2.to_v")
+
+    def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """As of a picture's base, and how many frames its motion modules know."""
+        unet, vae = configs["unet"], configs["vae"]
+        stride = 2 ** (len(vae["block_out_channels"]) - 1)
+        return {
+            "latent_stride": stride,
+            "pixel_multiple": stride * 2 ** (len(unet["block_out_channels"]) - 1),
+            "default_size": stride * unet["sample_size"],
+            "max_frames": unet["motion_max_seq_length"],
+        }
+
+    def process(self, parts: Components) -> Ddpm:
+        return Ddpm.from_config(parts["scheduler"].config)
+
+    @torch.no_grad()
+    def encode_text(self, parts: Components, captions: Sequence[str]) -> Text:
+        return self.encode_live(parts, captions)
+
+    def encode_live(self, parts: Components, captions: Sequence[str], cached: Text | None = None) -> Text:
+        encoder = parts["text_encoder"]
+        return Text(encoder(token_ids(parts["tokenizer"], captions).to(encoder.device))[0])
+
+    def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
+        return [seen(parts["tokenizer"], caption)]
+
+    @torch.no_grad()
+    def encode_pixels(self, parts: Components, pixels_BPTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each frame's posterior, both (B, C, T, h, w)."""
+        vae, count = parts["vae"], len(pixels_BPTHW)
+        posteriors = [vae.encode(some.to(vae.device, vae.dtype)).latent_dist for some in _frames(pixels_BPTHW).split(CHUNK)]
+        scale = vae.config.scaling_factor
+        mean = torch.cat([posterior.mean.float() for posterior in posteriors]) * scale
+        std = torch.cat([posterior.std.float() for posterior in posteriors]) * scale
+        return _clips(mean, count), _clips(std, count)
+
+    @torch.no_grad()
+    def decode_latents(self, parts: Components, latents_BCThw: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W)."""
+        vae = parts["vae"]
+        latents = _frames(latents_BCThw) / vae.config.scaling_factor
+        pixels = [vae.decode(some.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1) for some in latents.split(CHUNK)]
+        return _clips(torch.cat(pixels), len(latents_BCThw))
+
+    def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
+        """One time a clip. Raises ConfigError for more frames than the motion modules know."""
+        frames, known = noisy.shape[2], denoiser.config.motion_max_seq_length
+        if frames > known:
+            raise ConfigError(f"A clip of {frames} frames: these motion modules know {known} at once; take that many or fewer.")
+        index = (t_B.float() * 999).round().long()
+        tokens = text.tokens_BLD.to(noisy.dtype).repeat_interleave(frames, dim=0)
+        return denoiser(noisy, index, encoder_hidden_states=tokens, return_dict=False)[0]
+
+    def blocks(self, denoiser) -> list[torch.nn.Module]:
+        return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+
+    def published(self, denoiser_config: Mapping[str, Any]) -> str:
+        return "animatediff"
+
+    def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
+        """Whole paths: the modules of a base and those of its motion have the same ends."""
+        if preset not in TARGETS:
+            raise ConfigError(f"lora.targets={preset} is unknown for animatediff; choose one of {', '.join(TARGETS)}.")
+        wanted = [(f".{place}.", tuple(f".{end}" for end in ends)) for place, ends in TARGETS[preset].items()]
+        return [path for path in adaptable(self, denoiser_config) if any(place in path and path.endswith(ends) for place, ends in wanted)]
+
+    def pipeline(self, parts: Components):
+        from charforgex.quiet import quiet
+
+        with quiet():  # about torchvision, which nothing here uses
+            from diffusers import AnimateDiffPipeline
+
+        pipeline = AnimateDiffPipeline(
+            **{name: parts.modules.get(name) for group in self.components.values() for name in group},
+            motion_adapter=None, scheduler=parts["scheduler"],
+        )  # fmt: skip
+        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
+        return pipeline
+
+    def tiny(self, seed: int = 0) -> Components:
+        from diffusers import AutoencoderKL, DDIMScheduler, UNetMotionModel
+        from transformers import CLIPTextModel
+
+        from charforgex.families.loading import finish
+        from charforgex.families.tiny import clip_text_config, clip_tokenizer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules = {
+                "unet": UNetMotionModel(
+                    sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=32,
+                    down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+                    up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), num_attention_heads=2, motion_num_attention_heads=2,
+                    motion_max_seq_length=8, use_motion_mid_block=True,
+                ),
+                "vae": AutoencoderKL(
+                    block_out_channels=(4, 4, 4, 4), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                    layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.18215,
+                ),
+                "text_encoder": CLIPTextModel(clip_text_config()),
+            }  # fmt: skip
+        modules["tokenizer"] = clip_tokenizer()
+        modules["scheduler"] = DDIMScheduler.from_config(read_config(self.configs, "scheduler"))
+        facts = self.facts({name: modules[name].config for name in ("unet", "vae")})
+        return finish(Components("tiny", self.denoiser_name, modules, facts))
+
+
+def _frames(clips_BCTHW: Tensor) -> Tensor:
+    """(B * T, C, H, W): the frames as pictures."""
+    return clips_BCTHW.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(frames: Tensor, count: int) -> Tensor:
+    """The inverse of `_frames`, for so many clips."""
+    return frames.unflatten(0, (count, -1)).transpose(1, 2)
