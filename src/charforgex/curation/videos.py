@@ -10,28 +10,21 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
+from charforgex import videos
 from charforgex.binding import Range
 from charforgex.curation.items import Item, Verdict
 from charforgex.curation.pictures import Unusable, verdict_of
+from charforgex.videos import Problem, View, upright
 
 if TYPE_CHECKING:
     import av
-    import numpy as np
-    from PIL import Image
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".mts", ".m2ts", ".ogv")
-# Playlists and concatenations are formats to FFmpeg too, and open other files and addresses. Only these are tried, whatever the name says.
-OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg",
-    "protocol_whitelist": "file",
-}
-TIMEOUT = 30.0  # seconds for the file system to answer
 LOOKS = 12  # frames per second that are judged: between two of them little changes
 LOOK = 640  # pixels of the longer side at which sharpness is judged
 SMALL = 96  # the same, for scenes
-FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
 SHORTEST = 0.3  # seconds of a scene, at least: a flicker is no row of scenes
 
 
@@ -77,90 +70,13 @@ def items(path: Path, name: str, settings: VideoSettings, max_pixels: int) -> It
     yield Item(name, verdict=seen.verdict(len(chosen)))
 
 
-class Problem(NamedTuple):
-    kind: str
-    reason: str
-
-
-# ---- decoding ----
-
-
-class Decoded(NamedTuple):
-    """`time` is seconds from the start, `aspect` a stored pixel's width over its height."""
-
-    time: float
-    frame: av.VideoFrame
-    aspect: float
-
-
-def decoded(path: Path, settings: VideoSettings, max_pixels: int, problems: list[Problem]) -> Iterator[Decoded]:
-    """All frames that are whole. What goes wrong on the way is added to `problems`.
-
-    Raises Unusable if there is nothing to decode.
-    """
-    import av
-
+def decoded(path: Path, settings: VideoSettings, max_pixels: int, problems: list[Problem]) -> Iterator[tuple[float, av.VideoFrame, float]]:
+    """Time in seconds, frame and aspect, as `videos.decoded`. Raises Unusable if there is nothing to decode."""
     try:
-        container = av.open(str(path.resolve()), options=OPTIONS, timeout=TIMEOUT)
-    except Exception as error:  # like Pillow's, these are of nearly every type
-        raise Unusable("corrupt", f"it is damaged, incomplete, or no video: {_said(error)}") from error
-    with container:
-        if not container.streams.video:
-            raise Unusable("unsupported", "it has no pictures, only sound or data")
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        if context is None:
-            raise Unusable("unsupported", "its codec is not known")
-        if context.width * context.height > max_pixels:
-            size = f"{context.width} x {context.height}"
-            raise Unusable("too_large", f"its size is {size}, more than {max_pixels / 1e6:g} megapixels")
-        stream.thread_type = "NONE"
-        context.thread_count = 1
-        context.options = {"max_pixels": str(max_pixels)}  # frames may be larger than the header says
-        yield from _frames(container, stream, settings, problems)
-
-
-def _frames(container, stream, settings: VideoSettings, problems: list[Problem]) -> Iterator[Decoded]:
-    import av
-
-    aspect = float(stream.sample_aspect_ratio or 1)
-    start = float((stream.start_time or 0) * stream.time_base)
-    step = 1 / float(stream.average_rate or 25)
-    duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
-    longest = settings.max_minutes * 60
-    time, count, damaged, clean = -step, 0, 0, True
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-            frames = packet.decode() if packet is not None else []
-        except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
-            damaged, clean = damaged + 1, False
-            if damaged > FASTEST or not isinstance(error, av.error.InvalidDataError):
-                problems.append(Problem("corrupt", f"it cannot be read on: {_said(error)}"))
-                return
-            continue
-        if packet is None:
-            break
-        for frame in frames:
-            clean = clean or frame.key_frame  # what follows a damaged frame builds on it, up to the next whole one
-            time = frame.time - start if frame.time is not None else time + step
-            if count >= longest * FASTEST or time > longest:
-                problems.append(Problem("too_large", f"it is longer than {settings.max_minutes:g} minutes; the rest is not looked at"))
-                return
-            if clean and not frame.is_corrupt:
-                count += 1
-                yield Decoded(max(0.0, time), frame, aspect if 0.25 <= aspect <= 4 else 1.0)
-    if damaged:
-        problems.append(Problem("corrupt", f"damaged places in it: {damaged}"))
-    elif duration - time > max(1.0, 0.1 * duration) or (stream.duration and duration - time > 3 * step + 0.1):
-        problems.append(Problem("corrupt", f"it breaks off after {time + step:.1f} of {duration:.1f} seconds"))
-    elif stream.frames - count > max(3, 0.1 * stream.frames):
-        problems.append(Problem("corrupt", f"it breaks off after {count} of {stream.frames} frames"))
-
-
-def _said(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        for found in videos.decoded(path, max_pixels, settings.max_minutes, problems):
+            yield float(found.time), found.frame, found.aspect
+    except videos.Unreadable as error:
+        raise Unusable(error.kind, error.reason) from error
 
 
 # ---- scores ----
@@ -217,45 +133,6 @@ def _fit(frame: av.VideoFrame, side: int) -> tuple[int, int]:
     return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
 
 
-class View(NamedTuple):
-    """What a small frame looks like: histograms of 8 x 8 x 8 colours of its quarters, that add up to 1, and its edges."""
-
-    colours: np.ndarray
-    edges: np.ndarray
-    around: np.ndarray  # the edges, five pixels wide
-
-    @staticmethod
-    def of(pixels: np.ndarray) -> View:
-        import cv2
-        import numpy as np
-
-        quarters = [part for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, axis=1)]
-        counts = [
-            cv2.calcHist([np.ascontiguousarray(part)], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() if part.size else np.zeros(512)
-            for part in quarters
-        ]
-        colours = np.concatenate(counts) / (pixels.shape[0] * pixels.shape[1])
-        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 60, 160) > 0
-        return View(colours, edges, cv2.dilate(edges.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)
-
-    def drifted(self, other: View) -> float:
-        """Share of the pixels whose colour is another now, or in another quarter."""
-        import numpy as np
-
-        return float(1 - np.minimum(self.colours, other.colours).sum())
-
-    def differs(self, other: View) -> float:
-        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came, or that went.
-
-        The smaller of the two, unlike there: at a cut both are large, and between a shaken and a still frame only one is.
-        """
-        if self.edges.shape != other.edges.shape:
-            return 1.0
-        came, went = (1 - (a.edges & b.around).sum() / max(1, a.edges.sum()) for a, b in ((self, other), (other, self)))
-        few = min(self.edges.sum(), other.edges.sum()) < 0.01 * self.edges.size
-        return (self.drifted(other) + (0.0 if few else float(min(came, went)))) / 2
-
-
 def choose(times: Sequence[float], sharpness: Sequence[float], scenes: Sequence[int], settings: VideoSettings) -> set[int]:
     """Indices of the sharpest frames of each scene, `gap` seconds apart; of too many, each scene's best come first."""
     taken: dict[int, list[int]] = {}
@@ -265,46 +142,3 @@ def choose(times: Sequence[float], sharpness: Sequence[float], scenes: Sequence[
             best.append(index)
     ranked = sorted((rank, -sharpness[index], index) for best in taken.values() for rank, index in enumerate(best))
     return {index for _, _, index in ranked[: settings.max_frames]}
-
-
-# ---- pictures ----
-
-
-def upright(frame: av.VideoFrame, aspect: float) -> Image.Image:
-    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix."""
-    from av.video.reformatter import Colorspace, Interpolation
-    from PIL import Image
-
-    # A frame that does not say is of BT.709 from 720 lines on, as players assume, and else of BT.601.
-    unsaid = int(frame.colorspace) == 2
-    source = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unsaid else None
-    how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-    pixels = frame.reformat(format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
-    picture = Image.fromarray(pixels)
-    if aspect != 1:
-        size = (frame.width * max(1.0, aspect), frame.height / min(1.0, aspect))
-        picture = picture.resize((round(size[0]), round(size[1])), Image.Resampling.BICUBIC)
-    turn = _turn(frame)
-    return picture.transpose(turn) if turn is not None else picture
-
-
-def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
-    """How to turn the stored picture by FFmpeg's display matrix (libavutil/display.h): a point (x, y) goes to (ax + cy, bx + dy)."""
-    import struct
-
-    from PIL.Image import Transpose
-
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return None
-    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
-    signs = tuple((value > 0) - (value < 0) if abs(value) > 2**15 else 0 for value in (a, b, c, d))
-    return {
-        (-1, 0, 0, -1): Transpose.ROTATE_180,
-        (0, 1, -1, 0): Transpose.ROTATE_270,
-        (0, -1, 1, 0): Transpose.ROTATE_90,
-        (-1, 0, 0, 1): Transpose.FLIP_LEFT_RIGHT,
-        (1, 0, 0, -1): Transpose.FLIP_TOP_BOTTOM,
-        (0, 1, 1, 0): Transpose.TRANSPOSE,
-        (0, -1, -1, 0): Transpose.TRANSVERSE,
-    }.get(signs)

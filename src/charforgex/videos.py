@@ -1,0 +1,522 @@
+"""Videos in and out, a frame at a time: memory does not depend on how long they are. Needs PyAV, the extra `video`.
+
+Pixels are uint8 RGB (H, W, 3), upright and square; times are seconds from the first frame on, as fractions, because 1001/30000 is no float.
+One thread decodes, so that the same file always gives the same frames.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from charforgex.errors import ConfigError, DataError
+from charforgex.runs import TEMPORARY, fsync_folder, replace_atomic
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+    from PIL import Image
+
+# Playlists and concatenations are formats to FFmpeg too, and open other files and addresses. Only these are tried, whatever the name says.
+OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg",
+    "protocol_whitelist": "file",
+}
+TIMEOUT = 30.0  # seconds for the file system to answer
+FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
+MAX_PIXELS = 1 << 26  # of a frame; 8K has half as many
+NEEDS = "reading and writing videos needs PyAV: pip install 'charforgex[video]'"
+
+Codec = Literal["h264", "h265", "av1", "vp9"]
+ENCODERS = {  # the first that this PyAV has; and the quality at which people see no difference
+    "h264": (("libx264", "libopenh264"), 18), "h265": (("libx265",), 20),
+    "av1": (("libsvtav1", "libaom-av1"), 25), "vp9": (("libvpx-vp9",), 24),
+}  # fmt: skip
+HOLDS = {  # what a file may hold by its suffix; its first codec where nobody chooses one
+    ".mp4": ("h264", "h265", "av1"), ".mov": ("h264", "h265"), ".mkv": ("h264", "h265", "av1", "vp9"), ".webm": ("vp9", "av1"),
+    ".gif": (), ".apng": (), "": (),
+}  # fmt: skip
+
+
+class Problem(NamedTuple):
+    kind: str
+    reason: str
+
+
+class Unreadable(DataError):
+    """`kind` is a word for statistics, `reason` a sentence."""
+
+    def __init__(self, path: Path, kind: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.kind, self.reason = kind, reason
+
+
+def check_pyav() -> None:
+    """Raises ConfigError where PyAV is not installed."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(NEEDS) from error
+
+
+# ---- reading ----
+
+
+class Decoded(NamedTuple):
+    """`aspect` is a stored pixel's width over its height; `lasts` how long the frame is shown, as far as the file says."""
+
+    time: Fraction
+    frame: av.VideoFrame
+    aspect: float
+    lasts: Fraction
+
+
+class Frame(NamedTuple):
+    pixels: np.ndarray
+    time: Fraction
+    lasts: Fraction
+
+
+def frames(path: Path) -> Iterator[Frame]:
+    """All of a video, as players show it. Raises DataError for what is no video, and where it is damaged or breaks off."""
+    import numpy as np
+
+    clock(path)
+    problems: list[Problem] = []
+    before: Frame | None = None  # what a file says of a frame's length is wrong where frames are stored in another order
+    for time, frame, aspect, lasts in decoded(path, MAX_PIXELS, inf, problems):
+        if before is not None:
+            if time <= before.time:
+                raise Unreadable(path, "corrupt", f"its clock stands still or runs backwards at {float(time):.3f} seconds; {mend(path)}")
+            yield before._replace(lasts=time - before.time)
+        before = Frame(np.asarray(upright(frame, aspect)), time, lasts)
+    if problems:
+        raise Unreadable(path, problems[0].kind, f"{problems[0].reason}; {mend(path)}")
+    if before is None:
+        raise Unreadable(path, "corrupt", "no picture in it can be decoded; name another video")
+    yield before
+
+
+class Clock(NamedTuple):
+    """Of a video: frames a second on average, and the seconds of which all times are multiples."""
+
+    rate: Fraction
+    tick: Fraction
+
+
+def clock(path: Path) -> Clock:
+    """Raises DataError for what is no video."""
+    check_pyav()
+    if not path.is_file():
+        raise DataError(f"{path} is no file; name a video.")
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        return Clock(Fraction(stream.average_rate or 25), Fraction(stream.time_base))
+
+
+def mend(path: Path) -> str:
+    """The way out for a file that is damaged."""
+    return f"write what is left of it anew: ffmpeg -i {path.name} -fps_mode cfr mended.mp4"
+
+
+def decoded(path: Path, max_pixels: int, max_minutes: float, problems: list[Problem]) -> Iterator[Decoded]:
+    """All frames that are whole. What goes wrong on the way is added to `problems`. Raises Unreadable if there is nothing to decode."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise Unreadable(path, "unsupported", "its codec is not known")
+        if context.width * context.height > max_pixels:
+            size = f"{context.width} x {context.height}"
+            raise Unreadable(path, "too_large", f"its size is {size}, more than {max_pixels / 1e6:g} megapixels")
+        stream.thread_type = "NONE"
+        context.thread_count = 1
+        context.options = {"max_pixels": str(max_pixels)}  # frames may be larger than the header says
+        yield from _decoded(container, stream, max_minutes, problems)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """The file with at least one stream of pictures. Raises Unreadable."""
+    import av
+
+    try:
+        container = av.open(str(path.resolve()), options=OPTIONS, timeout=TIMEOUT)
+    except Exception as error:  # like Pillow's, these are of nearly every type
+        raise Unreadable(path, "corrupt", f"it is damaged, incomplete, or no video: {_said(error)}") from error
+    with container:
+        if not container.streams.video:
+            raise Unreadable(path, "unsupported", "it has no pictures, only sound or data")
+        yield container
+
+
+def _start(stream) -> Fraction:
+    return (stream.start_time or 0) * stream.time_base
+
+
+def _decoded(container, stream, max_minutes: float, problems: list[Problem]) -> Iterator[Decoded]:
+    import av
+
+    aspect = float(stream.sample_aspect_ratio or 1)
+    aspect = aspect if 0.25 <= aspect <= 4 else 1.0
+    start, step = _start(stream), 1 / Fraction(stream.average_rate or 25)
+    duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
+    time, lasts, count, damaged, clean = -step, step, 0, 0, True
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            found = packet.decode() if packet is not None else []
+        except (av.FFmpegError, ValueError, IndexError, OverflowError) as error:
+            damaged, clean = damaged + 1, False
+            if damaged > FASTEST or not isinstance(error, av.error.InvalidDataError):
+                problems.append(Problem("corrupt", f"it cannot be read on: {_said(error)}"))
+                return
+            continue
+        if packet is None:
+            break
+        for frame in found:
+            clean = clean or frame.key_frame  # what follows a damaged frame builds on it, up to the next whole one
+            time = frame.pts * frame.time_base - start if frame.pts is not None and frame.time_base else time + step
+            lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else step
+            if count >= max_minutes * 60 * FASTEST or time > max_minutes * 60:
+                problems.append(Problem("too_large", f"it is longer than {max_minutes:g} minutes; the rest is not looked at"))
+                return
+            if clean and not frame.is_corrupt:
+                count += 1
+                yield Decoded(max(Fraction(0), time), frame, aspect, lasts)
+    end, near = float(time + max(lasts, step)), float(2 * step)
+    if damaged:
+        problems.append(Problem("corrupt", f"damaged places in it: {damaged}"))
+    elif duration - end > max(1.0, 0.1 * duration) or (stream.duration and duration - end > near + 0.1):
+        problems.append(Problem("corrupt", f"it breaks off after {float(time + step):.1f} of {duration:.1f} seconds"))
+    elif stream.frames - count > max(3, 0.1 * stream.frames):
+        problems.append(Problem("corrupt", f"it breaks off after {count} of {stream.frames} frames"))
+
+
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
+def upright(frame: av.VideoFrame, aspect: float) -> Image.Image:
+    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix."""
+    from av.video.reformatter import Colorspace, Interpolation
+    from PIL import Image
+
+    # A frame that does not say is of BT.709 from 720 lines on, as players assume, and else of BT.601.
+    unsaid = int(frame.colorspace) == 2
+    source = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unsaid else None
+    how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+    pixels = frame.reformat(format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
+    picture = Image.fromarray(pixels)
+    if aspect != 1:
+        size = (frame.width * max(1.0, aspect), frame.height / min(1.0, aspect))
+        picture = picture.resize((round(size[0]), round(size[1])), Image.Resampling.BICUBIC)
+    turn = _turn(frame)
+    return picture.transpose(turn) if turn is not None else picture
+
+
+def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
+    """How to turn the stored picture by FFmpeg's display matrix (libavutil/display.h): a point (x, y) goes to (ax + cy, bx + dy)."""
+    import struct
+
+    from PIL.Image import Transpose
+
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
+    signs = tuple((value > 0) - (value < 0) if abs(value) > 2**15 else 0 for value in (a, b, c, d))
+    return {
+        (-1, 0, 0, -1): Transpose.ROTATE_180,
+        (0, 1, -1, 0): Transpose.ROTATE_270,
+        (0, -1, 1, 0): Transpose.ROTATE_90,
+        (-1, 0, 0, 1): Transpose.FLIP_LEFT_RIGHT,
+        (1, 0, 0, -1): Transpose.FLIP_TOP_BOTTOM,
+        (0, 1, 1, 0): Transpose.TRANSPOSE,
+        (0, -1, -1, 0): Transpose.TRANSVERSE,
+    }.get(signs)
+
+
+# ---- scenes ----
+
+
+class View(NamedTuple):
+    """What a small frame looks like: histograms of 8 x 8 x 8 colours of its quarters, that add up to 1, and its edges."""
+
+    colours: np.ndarray
+    edges: np.ndarray
+    around: np.ndarray  # the edges, five pixels wide
+
+    @staticmethod
+    def of(pixels: np.ndarray) -> View:
+        import cv2
+        import numpy as np
+
+        quarters = [part for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, axis=1)]
+        counts = [
+            cv2.calcHist([np.ascontiguousarray(part)], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() if part.size else np.zeros(512)
+            for part in quarters
+        ]
+        colours = np.concatenate(counts) / (pixels.shape[0] * pixels.shape[1])
+        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 60, 160) > 0
+        return View(colours, edges, cv2.dilate(edges.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)
+
+    def drifted(self, other: View) -> float:
+        """Share of the pixels whose colour is another now, or in another quarter."""
+        import numpy as np
+
+        return float(1 - np.minimum(self.colours, other.colours).sum())
+
+    def differs(self, other: View) -> float:
+        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came, or that went.
+
+        The smaller of the two, unlike there: at a cut both are large, and between a shaken and a still frame only one is.
+        """
+        if self.edges.shape != other.edges.shape:
+            return 1.0
+        came, went = (1 - (a.edges & b.around).sum() / max(1, a.edges.sum()) for a, b in ((self, other), (other, self)))
+        few = min(self.edges.sum(), other.edges.sum()) < 0.01 * self.edges.size
+        return (self.drifted(other) + (0.0 if few else float(min(came, went)))) / 2
+
+
+# ---- writing ----
+
+
+@dataclass(frozen=True)
+class Output:
+    """`clock` ticks a second: every frame's time is a multiple of 1 / clock, as far as the format allows (GIF 1/100, Matroska 1/1000).
+
+    `rate` is what players are told, frames a second. `sound` is a video whose sound is taken over as it is, in sync: its times count from
+    that video's first frame. `comment` goes into the file; GIF and APNG have no place for it.
+    """
+
+    path: Path
+    rate: Fraction
+    clock: int
+    codec: Codec | None = None
+    crf: int | None = None
+    sound: Path | None = None
+    comment: str = ""
+
+
+def check_output(path: Path, codec: Codec | None) -> Codec | None:
+    """The codec for a file of that suffix; None for GIF, APNG and folders. Raises ConfigError, before anything is computed."""
+    check_pyav()
+    suffix = path.suffix.lower()
+    if suffix not in HOLDS:
+        known = ", ".join(suffix for suffix in HOLDS if suffix)
+        raise ConfigError(f"{path}: a video ends in one of {known}, and a folder of frames has no suffix.")
+    if codec is None and HOLDS[suffix]:
+        codec = next((codec for codec in HOLDS[suffix] if encoder(codec)), None)
+        if codec is None:
+            raise ConfigError(
+                f"{path}: this PyAV has no encoder for {suffix}; .gif, .apng and folders need none. Or: pip install --upgrade av"
+            )
+        return codec
+    if codec is not None and codec not in HOLDS[suffix]:
+        said = f"holds {', '.join(HOLDS[suffix])}" if HOLDS[suffix] else "has no choice of codecs"
+        raise ConfigError(f"codec={codec}: {path.name} {said}; leave codec out, or take another suffix.")
+    if codec is not None and encoder(codec) is None:
+        raise ConfigError(f"codec={codec}: this PyAV has no encoder for it; leave codec out, or: pip install --upgrade av")
+    return codec
+
+
+def encoder(codec: Codec) -> str | None:
+    """FFmpeg's name of the first encoder for it that this PyAV has."""
+    import av
+
+    for name in ENCODERS[codec][0]:
+        try:
+            av.codec.Codec(name, "w")
+            return name
+        except (av.codec.codec.UnknownCodecError, ValueError):
+            continue
+    return None
+
+
+@contextmanager
+def writing(output: Output) -> Iterator[Writer | Folder]:
+    """Where frames go, in order. When the block ends well, the whole video is at `output.path`; else all is as it was.
+
+    Raises ConfigError for a suffix, codec or sound that do not go together.
+    """
+    codec = check_output(output.path, output.codec)
+    if output.path.suffix == "":
+        yield from _folder(output)
+        return
+    with replace_atomic(output.path) as temporary, ExitStack() as stack:
+        writer = Writer(output, codec, temporary, stack)
+        yield writer
+        writer.finish()
+
+
+@dataclass
+class Writer:
+    output: Output
+    codec: Codec | None
+    temporary: Path
+    stack: ExitStack
+    lengths: dict[int, int] = field(default_factory=dict)  # of frames that the encoder holds, by their time; it forgets them
+    packets: Iterator[av.Packet] = field(default_factory=lambda: iter(()))
+    waiting: av.Packet | None = None  # the sound's next packet, of a time that no frame has reached
+
+    def __post_init__(self):
+        import av
+
+        suffix = self.output.path.suffix.lower()
+        options = {"movflags": "+faststart"} if suffix in (".mp4", ".mov") else {}
+        options |= {".gif": {"loop": "0"}, ".apng": {"plays": "0"}}.get(suffix, {})
+        self.container = self.stack.enter_context(av.open(str(self.temporary), "w", container_options=options))
+        if self.output.comment:
+            self.container.metadata["comment"] = self.output.comment
+        self.clock = 100 if suffix == ".gif" else self.output.clock
+        os.environ.setdefault("SVT_LOG", "1")  # that encoder else writes a page about itself
+        name = encoder(self.codec) if self.codec else suffix[1:]
+        crf = self.output.crf if self.output.crf is not None else ENCODERS[self.codec][1] if self.codec else None
+        options = {"crf": str(crf)} if crf is not None else {}
+        options |= {"libx265": {"x265-params": "log-level=error"}, "libvpx-vp9": {"b": "0", "row-mt": "1"}}.get(name, {})
+        self.stream = self.container.add_stream(name, rate=self.output.rate, options=options)
+        self.stream.pix_fmt = "yuv420p" if self.codec else {".gif": "pal8", ".apng": "rgb24"}[suffix]
+        self.stream.codec_context.time_base = Fraction(1, self.clock)
+        if self.codec == "h265" and suffix != ".mkv":
+            self.stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
+        self.began = False
+        if self.output.sound is not None:
+            self._open_sound(self.output.sound)
+
+    def _open_sound(self, path: Path) -> None:
+        source = self.stack.enter_context(opened(path))
+        if not source.streams.audio:
+            return
+        stream = source.streams.audio[0]
+        if stream.codec_context is None or stream.codec_context.name not in self.container.supported_codecs:
+            name = stream.codec_context.name if stream.codec_context else "unknown"
+            raise ConfigError(f"{self.output.path.name} cannot hold the sound of {path.name} ({name}); name an .mkv, or say sound=false.")
+        self.sound = self.container.add_stream_from_template(stream)
+        shift = round(_start(source.streams.video[0]) / stream.time_base)
+
+        def packets():
+            for packet in source.demux(stream):
+                if packet.dts is None:  # the last one, which is empty
+                    continue
+                packet.pts, packet.dts = (None if stamp is None else stamp - shift for stamp in (packet.pts, packet.dts))
+                yield packet
+
+        self.packets = packets()
+        self.waiting = next(self.packets, None)
+
+    def write(self, pixels: np.ndarray, time: Fraction, lasts: Fraction) -> None:
+        """A frame of the first one's size. Videos have even sizes: the last row and column of odd ones is there twice."""
+        import av
+
+        if not self.began:
+            height, width = pixels.shape[:2]
+            self.stream.width, self.stream.height = (width + width % 2, height + height % 2) if self.codec else (width, height)
+            self.began = True
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24") if self.codec is None else self._yuv(pixels)
+        if self.stream.pix_fmt == "pal8":
+            frame = paletted(pixels)
+        frame.pts, frame.time_base = round(time * self.clock), Fraction(1, self.clock)
+        frame.duration = max(1, round((time + lasts) * self.clock) - frame.pts)
+        self.lengths[frame.pts] = frame.duration
+        self._encode(frame)
+        self._mux_sound(time)
+
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        for packet in self.stream.encode(frame):
+            packet.duration = self.lengths.pop(packet.pts, packet.duration)
+            self.container.mux(packet)
+
+    def _yuv(self, pixels: np.ndarray) -> av.VideoFrame:
+        """BT.709, limited range, and it says so."""
+        import av
+        import numpy as np
+        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+        height, width = pixels.shape[:2]
+        if height % 2 or width % 2:
+            pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=how, threads=1
+        )
+        context = self.stream.codec_context
+        for name, value in {"colorspace": 1, "color_primaries": 1, "color_trc": 1, "color_range": 1}.items():
+            if not context.is_open:
+                setattr(context, name, value)
+            setattr(frame, name, value)
+        return frame
+
+    def _mux_sound(self, until: Fraction | float) -> None:
+        while self.waiting is not None and self.waiting.dts * self.waiting.time_base <= until:
+            self.waiting.stream = self.sound
+            self.container.mux(self.waiting)
+            self.waiting = next(self.packets, None)
+
+    def finish(self) -> None:
+        assert self.began, "a video has at least one frame"
+        self._encode(None)
+        self._mux_sound(inf)
+        self.container.close()
+
+
+def paletted(pixels: np.ndarray) -> av.VideoFrame:
+    """256 colours of its own, the median cut's."""
+    import av
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.fromarray(pixels).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
+    colours = np.full((256, 4), 255, np.uint8)
+    table = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    colours[: len(table), 1:] = table  # alpha first
+    return av.VideoFrame.from_ndarray((np.asarray(picture), colours), format="pal8")
+
+
+@dataclass
+class Folder:
+    """Frames as PNG, 000001.png and so on; frames.json has their times in seconds and the comment."""
+
+    folder: Path
+    times: list[float] = field(default_factory=list)
+
+    def write(self, pixels: np.ndarray, time: Fraction, lasts: Fraction) -> None:
+        from PIL import Image
+
+        self.times.append(float(time))
+        with (self.folder / f"{len(self.times):06d}.png").open("wb") as file:
+            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _folder(output: Output) -> Iterator[Folder]:
+    """A new folder, or none. Raises ConfigError if it is there and holds something."""
+    path = output.path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists; name a new folder for the frames, or a file with a suffix such as .mp4.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+    temporary.mkdir()
+    try:
+        folder = Folder(temporary)
+        yield folder
+        told = {"comment": output.comment, "rate": float(output.rate), "times": folder.times}
+        (temporary / "frames.json").write_text(json.dumps(told) + "\n")
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
