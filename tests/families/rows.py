@@ -44,7 +44,7 @@ ROWS = [
     Row(Sd3(), tokens_LD=(77 + 24, 64), pooled_D=64, latent_Chw=(4, 6, 8)),
 ]
 
-# Families that no registry names yet, because they load nothing but their tiny model: they keep all other promises
+# Families that the registry does not name yet, because nothing trains or draws with them: they keep all promises but the file's name
 AHEAD = [
     Row(
         AnimateDiff(), tokens_LD=(77, 32), pooled_D=None, latent_Chw=(4, 6, 8), frames=(3,), formats=("diffusers",), beta_schedule="linear"

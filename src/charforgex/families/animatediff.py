@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from charforgex.errors import ConfigError
-from charforgex.families import sgm, spelled
+from charforgex.families import motion_base, spelled
 from charforgex.families.base import Family
+from charforgex.families.folders import Folder
 from charforgex.families.parts import adaptable, read_config
 from charforgex.families.process import Ddpm
+from charforgex.families.single_file import Checkpoint
+from charforgex.families.sources import Source
 from charforgex.families.text import seen, token_ids
 from charforgex.types import Components, Crop, Text
 
@@ -41,8 +44,14 @@ class AnimateDiff(spelled.AnimateDiff, Family):
         "vae": {"vae": "diffusers.AutoencoderKL"},
     }
     pipelines = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
-    original: ClassVar = {**spelled.AnimateDiff.original, "vae": sgm.vae_spellings("first_stage_model.")}
+    lone = ("MotionAdapter",)
     reads_text = ("attn2.to_k", "attn2.to_v")
+
+    def opened(self, found: Source) -> Folder | Checkpoint:
+        return motion_base.opened(self, found)
+
+    def joined(self, givers: Mapping[str, Folder | Checkpoint], source: str) -> dict[str, Any]:
+        return motion_base.joined(self, givers, source)
 
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """As of a picture's base, and how many frames its motion modules know."""

@@ -17,7 +17,10 @@ from charforgex.types import Components, Crop, Text
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from charforgex.families.folders import Folder
     from charforgex.families.originals import Spelling
+    from charforgex.families.single_file import Checkpoint
+    from charforgex.families.sources import Source
 
 ALL = ("denoiser", "vae", "text")
 
@@ -40,6 +43,7 @@ class Family(ABC):
     kohya_has_our_names: ClassVar[bool] = False  # whether kohya's LoRA files have diffusers' names instead of the original network's
     lora_unread: ClassVar[Mapping[str, str]] = {}  # LoRA format -> part of the paths of modules that no reader of that format knows
     first_reads_text: ClassVar[tuple[str, ...]] = ()  # those that read it next, each token still for itself
+    lone: ClassVar[tuple[str, ...]] = ()  # components' classes that may be a folder of their own, without a model_index.json
     lora_labels: ClassVar[Mapping[str, str]]  # what a LoRA file's metadata calls this kind of base model
 
     @property
@@ -50,6 +54,17 @@ class Family(ABC):
     def stand_in(self, component: str, key: str, shape: tuple[int, ...]) -> Tensor | None:
         """What a weight (our name) is where a single file lacks it. None if it must be there, as nearly all must."""
         return None
+
+    def opened(self, found: Source) -> Folder | Checkpoint:
+        """The components that one address of a source holds. Raises ModelError if it is of another family."""
+        from charforgex.families.folders import Folder
+        from charforgex.families.single_file import Checkpoint
+
+        return Checkpoint(self, found.path) if found.is_single_file else Folder(self, found)
+
+    def joined(self, givers: Mapping[str, Folder | Checkpoint], source: str) -> dict[str, Folder | Checkpoint]:
+        """What gives each component, of all that the addresses of a source hold: a family whose network comes in halves joins them here."""
+        return dict(givers)
 
     @abstractmethod
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

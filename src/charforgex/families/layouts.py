@@ -70,6 +70,7 @@ OTHERS = {
     r"^(image_proj|ip_adapter|ip_adapter_proj_model)\.": ("an IP-Adapter", "it steers a base, and is none"),
     r"^redux_(up|down)\.": ("FLUX.1 Redux, an adapter for pictures as prompts", "it steers a base, and is none"),
 }  # fmt: skip
+SD1, MOTION = "Stable Diffusion 1", "an AnimateDiff motion module"
 IN_DIFFUSERS_SPELLING = "a denoiser in diffusers' spelling without the other parts"
 ADVICE = {what: advice for what, advice in OTHERS.values()} | {
     "a LoRA": "it is not a base model; give it as lora=, and the base as source=",
@@ -112,11 +113,13 @@ def identify(header: Header) -> str | None:
         channels = shapes[UNET_IN][1]
         return {9: "SDXL inpainting", 8: "SDXL InstructPix2Pix"}.get(channels, "sdxl")
     if any(key.startswith("cond_stage_model.transformer.text_model.") for key in shapes) and UNET_IN in shapes:
-        return "Stable Diffusion 1"
+        return SD1
     if any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in shapes) and UNET_IN in shapes:
         return "Stable Diffusion 2"
     if UNET_IN in shapes and not any(key.startswith(("conditioner.", "cond_stage_model.")) for key in shapes):
         return "a UNet without its text encoders"
+    if "conv_in.weight" not in shapes and any(key.startswith("down_blocks.0.motion_modules.0.") for key in shapes):
+        return MOTION
     if "conv_in.weight" in shapes and "down_blocks.0.resnets.0.norm1.weight" in shapes:
         return IN_DIFFUSERS_SPELLING
     if "transformer_blocks.0.attn.add_q_proj.weight" in shapes and "proj_out.weight" in shapes:

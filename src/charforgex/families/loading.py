@@ -36,14 +36,16 @@ class Base:
         self.givers: dict[str, Folder | Checkpoint] = {}
         self.files: list[Path] = []
         for address in addresses(source):
-            found = resolve(address, family.name, [*(name for name in names if name not in self.givers), "scheduler"])
-            place = Checkpoint(family, found.path) if found.is_single_file else Folder(family, found)
+            wanted = [*(name for name in names if name not in self.givers), "scheduler"]
+            found = resolve(address, family.name, wanted, family.lone)
+            place = family.opened(found)
             if not place.held - self.givers.keys():
                 raise ModelError(f"{address} adds nothing: what it holds comes from those before it in source={source}.")
             if found.is_single_file:
                 self.files.append(found.path)
             for name in place.held:
                 self.givers.setdefault(name, place)
+        self.givers = family.joined(self.givers, self.source)
         if family.denoiser_name not in self.givers:
             held = ", ".join(sorted(self.givers))
             raise ModelError(

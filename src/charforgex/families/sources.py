@@ -50,8 +50,11 @@ def addresses(source: str) -> list[str]:
     return [address.strip() for address in source.split(" + " if " + " in source else "+")]
 
 
-def resolve(address: str, family_name: str, components: Collection[str]) -> Source:
-    """Find a base model's files, downloading those of `components` alone if it is a hub id. Raises ModelError."""
+def resolve(address: str, family_name: str, components: Collection[str], lone: Collection[str] = ()) -> Source:
+    """Find a base model's files, downloading those of `components` alone if it is a hub id. Raises ModelError.
+
+    A folder may hold one component alone, if its class is among `lone`.
+    """
     address = str(address)
     if address == EMBEDDED:
         path = Path(charforgex.__file__).parent / "charworld" / "assets" / family_name
@@ -62,7 +65,7 @@ def resolve(address: str, family_name: str, components: Collection[str]) -> Sour
     if path.is_file():
         return Source(address, _checked_file(path))
     if path.is_dir():
-        return Source(address, _checked_folder(path))
+        return Source(address, _checked_folder(path, lone))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address) and path.suffix not in CHECKPOINTS:
         return Source(address, _hub_folder(address, components), HUB_VARIANTS)
     raise ModelError(
@@ -78,8 +81,9 @@ def _checked_file(path: Path) -> Path:
     return path
 
 
-def _checked_folder(path: Path) -> Path:
-    if not (path / "model_index.json").is_file():
+def _checked_folder(path: Path, lone: Collection[str]) -> Path:
+    is_lone = bool(lone) and (path / "config.json").is_file() and read_json(path / "config.json").get("_class_name") in lone
+    if not is_lone and not (path / "model_index.json").is_file():
         files = sorted(file.name for file in path.glob("*.safetensors"))
         hint = f" Did you mean the checkpoint {path / files[0]}?" if files else _nearest(path / "model_index.json")
         raise ModelError(f"{path} is not a diffusers folder: it has no model_index.json.{hint}")

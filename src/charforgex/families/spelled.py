@@ -18,7 +18,7 @@ from charforgex.lora.names import Place
 
 MOTION = re.compile(r"((?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+)\.(.+)")
 INSIDE = {".attn1.": ".attention_blocks.0.", ".attn2.": ".attention_blocks.1.", ".norm1.": ".norms.0.", ".norm2.": ".norms.1."}
-INSIDE |= {".norm3.": ".ff_norm."}
+INSIDE |= {".norm3.": ".ff_norm.", ".pos_embed.": ".attention_blocks.0.pos_encoder."}
 
 
 class Sd15:
