@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from charforgex.errors import ModelError
-from charforgex.families import bases, layouts, motion_base
+from charforgex.families import bases, layouts, motion_base, sources
 from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.loading import Base, denoiser_config, weights_hash
 from charforgex.families.motion_base import Motion, Pictures
 from charforgex.families.single_file import Checkpoint, tables
 from charforgex.types import Components, Crop
-from tests.families.conftest import original_tensors, same_networks, write_header
+from tests.families.conftest import cache_snapshot, original_tensors, same_networks, write_header
 
 FAMILY = AnimateDiff()
 
@@ -159,6 +159,19 @@ def test_halves_alone_and_of_others_are_refused(halves, tmp_path):
     ):
         with pytest.raises(ModelError, match=f"does not go with.*{message}"):
             FAMILY.load(changed(half, **settings))
+
+
+def test_motion_modules_from_the_hub(halves, offline_hub):
+    """They are published as a repository that has nothing else, and no model_index.json."""
+    snapshot = cache_snapshot(offline_hub, "some/motion", halves.motion, *(entry.name for entry in halves.motion.iterdir()))
+    same_networks(FAMILY.load(f"{halves.pictures}+some/motion"), halves.parts)
+    names = ["README.md", "config.json", *(f"diffusion_pytorch_model{end}" for end in (".bin", ".fp16.safetensors", ".safetensors"))]
+    assert sources._wanted("some/motion", names, ["unet"], True) == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
+    with pytest.raises(ModelError, match=r"has no model_index\.json"):
+        sources._wanted("some/motion", names, ["unet"])
+    (snapshot / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    with pytest.raises(ModelError, match="holds a ControlNetModel, not the motion modules"):
+        FAMILY.load(f"{halves.pictures}+some/motion")
 
 
 # ---- published files, by their keys ----

@@ -83,6 +83,8 @@ class AdapterFolder(Folder):
 
     def __init__(self, family: Motion, source: Source):
         self.family, self.source, self.path = family, source, source.path
+        if (found := self.config("motion_adapter").get("_class_name")) != "MotionAdapter":
+            raise ModelError(f"{self.path} holds a {found}, not the motion modules of AnimateDiff (MotionAdapter).")
         self.held = frozenset(family.components["denoiser"])
 
     def _folder(self, name: str) -> Path:

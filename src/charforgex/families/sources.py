@@ -53,7 +53,7 @@ def addresses(source: str) -> list[str]:
 def resolve(address: str, family_name: str, components: Collection[str], lone: Collection[str] = ()) -> Source:
     """Find a base model's files, downloading those of `components` alone if it is a hub id. Raises ModelError.
 
-    A folder may hold one component alone, if its class is among `lone`.
+    A folder or repository may hold one component alone, if its class is among `lone`.
     """
     address = str(address)
     if address == EMBEDDED:
@@ -67,7 +67,7 @@ def resolve(address: str, family_name: str, components: Collection[str], lone: C
     if path.is_dir():
         return Source(address, _checked_folder(path, lone))
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address) and path.suffix not in CHECKPOINTS:
-        return Source(address, _hub_folder(address, components), HUB_VARIANTS)
+        return Source(address, _hub_folder(address, components, bool(lone)), HUB_VARIANTS)
     raise ModelError(
         f"source={address} does not exist.{_nearest(path)} A diffusers folder, a .safetensors file, a hub id or {EMBEDDED} is wanted."
     )
@@ -154,7 +154,7 @@ def component_weights(folder: Path, variants: Sequence[str | None]) -> tuple[Wei
     return weights, files
 
 
-def _hub_folder(repo: str, components: Collection[str]) -> Path:
+def _hub_folder(repo: str, components: Collection[str], may_be_lone: bool) -> Path:
     """The local snapshot of a hub repository, holding the files of `components`. Works from the cache alone when offline."""
     from httpx2 import HTTPError  # huggingface_hub's own client, whose errors come through
     from huggingface_hub import HfApi, snapshot_download
@@ -163,22 +163,25 @@ def _hub_folder(repo: str, components: Collection[str]) -> Path:
     local = _nearest(Path(repo)) if Path(repo).parent.is_dir() else ""
     try:
         names = [file.rfilename for file in HfApi().model_info(repo, timeout=20).siblings or ()]
-        return Path(snapshot_download(repo, allow_patterns=_wanted(repo, names, components)))
+        return Path(snapshot_download(repo, allow_patterns=_wanted(repo, names, components, may_be_lone)))
     except GatedRepoError as error:
         page = f"https://huggingface.co/{repo}"
         raise ModelError(f"source={repo} is gated: accept its licence at {page}, then run `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"source={repo} is neither a local path nor a hub repository that you may read.{local}") from error
     except (OSError, HTTPError) as unreachable:  # offline by choice or by accident: what was downloaded before will do
-        return _cached_folder(repo, components, unreachable, local)
+        return _cached_folder(repo, components, unreachable, local, may_be_lone)
 
 
-def _cached_folder(repo: str, components: Collection[str], unreachable: Exception, local: str) -> Path:
+def _cached_folder(repo: str, components: Collection[str], unreachable: Exception, local: str, may_be_lone: bool) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     way_out = f"Run `hf download {repo}` where there is a network, or give the path of a folder or a .safetensors file.{local}"
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({type(unreachable).__name__})"
     index = try_to_load_from_cache(repo, "model_index.json")
+    config = try_to_load_from_cache(repo, "config.json")
+    if may_be_lone and not isinstance(index, str) and isinstance(config, str):
+        return Path(config).parent
     if not isinstance(index, str):
         raise ModelError(f"source={repo} is no local path and not in the hub's local cache, and {reason}. {way_out}") from unreachable
     folder = Path(index).parent
@@ -189,8 +192,10 @@ def _cached_folder(repo: str, components: Collection[str], unreachable: Exceptio
     return folder
 
 
-def _wanted(repo: str, names: Sequence[str], components: Collection[str]) -> list[str]:
+def _wanted(repo: str, names: Sequence[str], components: Collection[str], may_be_lone: bool = False) -> list[str]:
     """The files of a repository that loading `components` needs: their JSON and text files and one set of weights."""
+    if may_be_lone and "config.json" in names and "model_index.json" not in names:
+        return ["config.json", choose_weights(names, HUB_VARIANTS, repo).entry]  # motion modules, which are small: never in shards
     if "model_index.json" not in names:
         raise ModelError(f"source={repo} has no model_index.json; download its .safetensors file and give the path of that.")
     wanted = ["model_index.json", *(name for name in names if re.fullmatch(r"[^/]+/config\.json", name))]
