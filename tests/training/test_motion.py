@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from charforgex.training.losses import diffusion_loss
-from charforgex.training.motion import without_appearance
+from charforgex.families.animatediff import AnimateDiff
+from charforgex.training.losses import Objective, diffusion_loss
+from charforgex.training.motion import frame_indices, motion_losses, one_frame, without_appearance
+from charforgex.types import Batch, Crop
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,3 +54,37 @@ def test_the_loss_of_a_shared_error_is_small_and_that_of_motion_is_not():
 
     assert ratio(shared) == pytest.approx(0.171573, abs=1e-5)
     assert ratio(single) == pytest.approx(2.0, abs=1e-5)
+
+
+def test_the_frame_is_a_function_of_the_key_and_each_is_as_likely():
+    assert torch.equal(frame_indices(6, 16, 3, "step"), frame_indices(6, 16, 3, "step"))
+    assert not torch.equal(frame_indices(6, 16, 3, "step"), frame_indices(6, 16, 4, "step"))
+    counts = torch.bincount(frame_indices(4000, 4, "many"), minlength=4)
+    assert (counts - 1000).abs().max() < 120, counts
+    clips = draw(2, 4, 3, 2, 2)
+    picked = one_frame(clips, torch.tensor([2, 0]))
+    assert torch.equal(picked, torch.stack([clips[0, :, 2:], clips[1, :, :1]]))
+
+
+def test_the_loss_of_a_real_network_in_float64():
+    """AnimateDiff's prediction given, everything else from the definitions: the linear schedule, the noise in it, both errors."""
+    family = AnimateDiff()
+    parts = family.tiny()
+    process, objective, index, anchor = family.process(parts), Objective(), np.array([40, 700]), np.array([2, 0])
+    mean, std = family.encode_pixels(parts, draw(2, 3, 3, 16, 16).float().clamp(-1, 1))
+    batch = Batch(mean, std, family.encode_text(parts, ["a man", "a dog"]), Crop.whole(2, 16, 16))
+    clean, noise, t_B = objective.draw(process, batch, "key", t_B=process.snap(torch.tensor(index) / 999))
+    noisy = process.add_noise(clean, noise, t_B)
+    with torch.no_grad():
+        prediction = family.denoise(parts.denoiser, noisy, t_B, batch.text, batch.crop)
+    found = motion_losses(prediction, process.target(clean, noise, t_B), process.weight(t_B, "min_snr", 5.0), torch.tensor(anchor))
+
+    clean, noise, noisy, prediction = (tensor.double().numpy() for tensor in (clean, noise, noisy, prediction))
+    power = np.cumprod(1 - np.linspace(0.00085, 0.012, 1000))[index]
+    for i in range(2):
+        np.testing.assert_allclose(noisy[i], np.sqrt(power[i]) * clean[i] + np.sqrt(1 - power[i]) * noise[i], atol=1e-5)
+        error = prediction[i] - noise[i]
+        moved = [np.sqrt(2) * error[:, frame] - error[:, anchor[i]] for frame in range(3)]
+        weight = min(power[i] / (1 - power[i]), 5.0) / (power[i] / (1 - power[i]))
+        np.testing.assert_allclose(found[i], weight * (np.mean(error**2) + np.mean(np.square(moved))), rtol=1e-3)
+    assert 0 < found[0] < found[1]
