@@ -24,6 +24,7 @@ COMMANDS = {
     "curate": ("charforgex.curation.run:curate", "a mess of pictures, archives and clips to a dataset; curate report only looks"),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
+    "interpolate": ("charforgex.generation.interpolate:interpolate", "frames between a video's frames: smoother, at the same speed"),
     "evaluate": ("charforgex.evaluation.run:evaluate", "is it the character, does it obey, which is better: numbers with pictures"),
     "merge": ("charforgex.merging.run:merge", "several LoRAs to one, without a base model"),
     "compare": ("charforgex.evaluation.compare:compare", "evaluations and trainings side by side, as far as they can be compared"),
@@ -33,7 +34,7 @@ COMMANDS = {
 # What may stand alone on the command line, by its end, and its setting
 FILES = {
     "merge": (".safetensors", "lora"), "evaluate": ("", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"),
-    "bench": ("", "suite"),
+    "bench": ("", "suite"), "interpolate": ("", "files"),
 }  # fmt: skip
 # Hydra's flags that a word follows
 FLAGS = ["--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"]
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _listed(commands: Mapping[str, tuple[str, str]]) -> str:
-    return "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in commands.items())
+    return "\n".join(f"  {name:<11} {purpose}" for name, (_, purpose) in commands.items())
 
 
 def _tool(arguments: Sequence[str]) -> None:

@@ -1,0 +1,93 @@
+"""Frames between two frames: blended, moved along the optical flow, or by a trained network.
+
+Frames are uint8 RGB (H, W, 3); a time is in (0, 1), from the first frame to the second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from charforgex.generation.ifnet import IFNet
+
+Method = Callable[[np.ndarray, np.ndarray, Sequence[float]], list[np.ndarray]]
+
+SMALLEST = 32  # pixels a side that the optical flow needs
+STEPS = 2  # of the search for where a pixel came from; more of them run off at the edges of what moves
+APART = 3.0  # of 255: the frames differing so much more along one flow than along the other makes it count less by a factor of e
+OVERLAP = 128  # pixels of tiles of the network
+
+
+def linear(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
+    """Each pixel from one colour to the other. What moves is seen twice: the floor that others are measured by."""
+    import cv2
+
+    return [cv2.addWeighted(first, 1 - time, second, time, 0) for time in times]
+
+
+def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
+    """Moved along the dense inverse search flow (Kroeger et al. 2016, as OpenCV has it) of both directions.
+
+    Each of the flows says where a pixel of the new frame lies in the two frames. The one along which they agree counts: at the edge of what
+    covers something, or uncovers it, this is one of the two.
+    """
+    import cv2
+
+    height, width = first.shape[:2]
+    below, beside = max(0, SMALLEST - height), max(0, SMALLEST - width)
+    if below or beside:
+        first, second = (cv2.copyMakeBorder(one, 0, below, 0, beside, cv2.BORDER_REPLICATE) for one in (first, second))
+    grey = [cv2.cvtColor(one, cv2.COLOR_RGB2GRAY) for one in (first, second)]
+    finder = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    there, back = finder.calc(*grey, None), finder.calc(*grey[::-1], None)
+    grid = np.stack(np.meshgrid(np.arange(first.shape[1], dtype=np.float32), np.arange(first.shape[0], dtype=np.float32)), -1)
+    found = []
+    for time in times:
+        one, apart = _moved(first, second, there, grid, time)
+        other, other_apart = _moved(second, first, back, grid, 1 - time)
+        weight = 1 / (1 + np.exp(np.clip((apart - other_apart) / APART, -30, 30)))[..., None]
+        found.append(np.clip(weight * one + (1 - weight) * other + 0.5, 0, 255).astype(np.uint8)[:height, :width])
+    return found
+
+
+def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.ndarray, time: float) -> tuple[np.ndarray, np.ndarray]:
+    """The frame at `time` as the flow from `first` to `second` has it, float32, and how far the two are apart around each pixel."""
+    import cv2
+
+    moved = flow
+    for _ in range(STEPS):  # what is here now left from where its own flow led here
+        moved = _at(flow, grid - time * moved)
+    one, two = (
+        _at(frame, places).astype(np.float32) for frame, places in ((first, grid - time * moved), (second, grid + (1 - time) * moved))
+    )
+    return (1 - time) * one + time * two, cv2.blur(np.abs(one - two).mean(-1), (5, 5))
+
+
+def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`values` at (x, y), between pixels bilinearly; beyond the edge, the edge."""
+    import cv2
+
+    return cv2.remap(values, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def by_network(net: IFNet, batch: int, tile: int | None) -> Method:
+    """The network's frames, `batch` times of a pair at once, in tiles of at most `tile` pixels a side."""
+    import torch
+
+    device = next(net.parameters()).device
+
+    @torch.inference_mode()
+    def between(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
+        pair = [torch.tensor(one, device=device).permute(2, 0, 1)[None].float() / 255 for one in (first, second)]
+        found: list[np.ndarray] = []
+        for start in range(0, len(times), batch):
+            time = torch.tensor(times[start : start + batch], dtype=torch.float32, device=device)
+            frames = [one.expand(len(time), -1, -1, -1) for one in pair]
+            made = net(*frames, time) if tile is None else net.tiled(*frames, time, tile, OVERLAP)
+            found += list((made * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        return found
+
+    return between

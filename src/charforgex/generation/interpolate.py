@@ -1,0 +1,202 @@
+"""`charforgex interpolate in.mp4 out.mp4 factor=4`: frames between the frames of a video, so that it moves more smoothly at the same speed.
+
+Two frames are held at a time, whatever the length. What follows a cut is never blended with what came before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from charforgex import videos
+from charforgex.config import Range, bind
+from charforgex.errors import ConfigError, DataError
+from charforgex.videos import Codec, Frame, Output, View
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from charforgex.generation.between import Method
+
+SMALL = 96  # pixels of the longer side at which cuts are looked for
+FINEST = 1 << 31  # ticks a second that files can count
+NETWORK = ("weights", "batch", "tile")  # settings of by=rife alone
+
+Moments = Callable[[Fraction, Fraction], list[tuple[Fraction, Fraction]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`files`: the video, and what becomes of it. `factor`: frames for each frame; or `fps`, frames a second, at even times; neither is
+    factor=2. `scene`: how different two frames are from which on it is a cut, of 1.
+    """
+
+    files: list[Path]
+    factor: Annotated[int, Range(at_least=2, at_most=64)] | None = None
+    fps: Annotated[float, Range(above=0, at_most=1000)] | None = None
+    by: Literal["dis", "linear", "rife"] = "dis"
+    weights: Path | None = None
+    batch: Annotated[int, Range(at_least=1)] | None = None
+    tile: Annotated[int, Range(at_least=256)] | None = None
+    device: str = "auto"
+    scene: Annotated[float, Range(above=0, at_most=1)] = 0.4
+    sound: bool = True
+    codec: Codec | None = None
+    crf: Annotated[int, Range(at_least=0, at_most=63)] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if len(self.files) != 2:
+            raise ConfigError(f"files={[str(path) for path in self.files]}: name a video and what becomes of it: in.mp4 out.mp4")
+        if self.factor is not None and self.fps is not None:
+            raise ConfigError(f"factor={self.factor} and fps={self.fps:g} both say how many frames there are; leave one out.")
+        if self.by == "rife" and self.weights is None:
+            raise ConfigError("by=rife needs weights=<flownet.safetensors>; none are built in. by=dis needs none.")
+        idle = [name for name in NETWORK if getattr(self, name) is not None] + ["device"] * (self.device != "auto")
+        if self.by != "rife" and idle:
+            raise ConfigError(f"{' and '.join(idle)} would have no effect with by={self.by}; leave it out, or say by=rife.")
+
+    @property
+    def source(self) -> Path:
+        return self.files[0]
+
+    @property
+    def out(self) -> Path:
+        return self.files[1]
+
+    def check(self) -> None:
+        """What can be known before a frame is read. Raises ConfigError."""
+        codec = videos.check_output(self.out, self.codec)
+        if codec is None and self.crf is not None:
+            raise ConfigError(f"crf={self.crf} would have no effect: {self.out.name} keeps all that its format can; leave it out.")
+        if self.out.resolve() == self.source.resolve():
+            raise ConfigError(f"{self.out} is the video itself, which stays as it is; name another file.")
+        if self.out.is_file() and not self.overwrite:
+            raise ConfigError(f"{self.out} exists; say overwrite=true to replace it, or name another file.")
+
+
+def interpolate(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the video and tells what was done. Raises a CharForgeError; then nothing is written."""
+    settings = bind(Settings, cfg, "")
+    settings.check()
+    clock = videos.clock(settings.source)
+    output, moments = planned(settings, clock)
+    method = method_of(settings)
+    told = {"out": str(settings.out), "by": settings.by, "frames": 0, "frames_before": 0, "cuts": []}
+
+    def counted(frames: Iterable[Frame]) -> Iterator[Frame]:
+        for frame in frames:
+            told["frames_before"] += 1
+            yield frame
+
+    with videos.writing(output) as out:
+        frames = counted(videos.frames(settings.source))
+        for pixels, time, lasts in smooth(frames, method, moments, settings.scene, told["cuts"]):
+            out.write(pixels, time, lasts)
+            told["frames"] += 1
+    told["cuts"] = [round(float(time), 3) for time in told["cuts"]]
+    told["rate"] = float(output.rate)
+    print(f"{told['frames']} frames at {told['rate']:.4g} a second, of {told['frames_before']}; cuts: {len(told['cuts'])}.")
+    print(f"Wrote {settings.out}.")
+    return told
+
+
+def planned(settings: Settings, clock: videos.Clock) -> tuple[Output, Moments]:
+    """Where the frames go, and at which times they are."""
+    holds = bool(videos.HOLDS[settings.out.suffix.lower()])
+    sound = settings.source if settings.sound and holds else None
+    how = f"fps={settings.fps:g}" if settings.fps else f"factor={settings.factor or 2}"
+    comment = f"charforgex {version('charforgex')} interpolate {how} by={settings.by}"
+    if settings.fps is not None:
+        rate = as_rate(settings.fps)
+        return Output(settings.out, rate, rate.numerator, settings.codec, settings.crf, sound, comment), evenly(rate)
+    factor = settings.factor or 2
+    ticks = clock.tick.denominator * factor
+    output = Output(settings.out, clock.rate * factor, ticks if ticks < FINEST else 90_000, settings.codec, settings.crf, sound, comment)
+    return output, divided(factor)
+
+
+def method_of(settings: Settings) -> Method:
+    """Raises ModelError for weights that cannot be read."""
+    from charforgex.generation import between
+
+    if settings.by != "rife":
+        return {"dis": between.dis, "linear": between.linear}[settings.by]
+    from charforgex.generation.ifnet import load
+    from charforgex.generation.run import device_of
+
+    return between.by_network(load(settings.weights, device_of(settings)), settings.batch or 1, settings.tile)
+
+
+# ---- when ----
+
+
+def as_rate(fps: float) -> Fraction:
+    """29.97 and its like are meant as television has them: 30000/1001."""
+    television = Fraction(round(fps * 1.001) * 1000, 1001)
+    return television if fps % 1 and abs(fps - television) < 0.005 else Fraction(fps).limit_denominator(1000)
+
+
+def divided(factor: int) -> Moments:
+    """`factor` frames for each one, evenly over the time until the next."""
+
+    def moments(start: Fraction, end: Fraction) -> list[tuple[Fraction, Fraction]]:
+        step = (end - start) / factor
+        return [(start + step * place, step) for place in range(factor)]
+
+    return moments
+
+
+def evenly(rate: Fraction) -> Moments:
+    """Frames at multiples of 1 / rate, whenever those of the video are."""
+
+    def moments(start: Fraction, end: Fraction) -> list[tuple[Fraction, Fraction]]:
+        return [(place / rate, 1 / rate) for place in range(math.ceil(start * rate), math.ceil(end * rate))]
+
+    return moments
+
+
+# ---- what ----
+
+
+def smooth(frames: Iterable[Frame], method: Method, moments: Moments, scene: float, cuts: list[Fraction]) -> Iterator[Frame]:
+    """The frames at the moments that there are between each frame and the next. The last frame stays for as long as it lasted.
+
+    Before a cut the last frame of the scene stays, and the time of the cut is added to `cuts`. Raises DataError if the size changes.
+    """
+    before, seen = None, None
+    for frame in frames:
+        view = look(frame.pixels)
+        if before is not None:
+            if frame.pixels.shape != before.pixels.shape:
+                raise DataError(f"the size of the video's frames changes at {float(frame.time):.3f} seconds; cut it there.")
+            cut = view.differs(seen) > scene
+            if cut:
+                cuts.append(frame.time)
+            yield from _between(before, frame, method, moments, cut)
+        before, seen = frame, view
+    if before is not None:
+        yield from (Frame(before.pixels, time, lasts) for time, lasts in moments(before.time, before.time + before.lasts))
+
+
+def _between(first: Frame, second: Frame, method: Method, moments: Moments, cut: bool) -> Iterator[Frame]:
+    wanted = moments(first.time, second.time)
+    shares = [float((time - first.time) / (second.time - first.time)) for time, _ in wanted]
+    moving = [] if cut else [share for share in shares if share > 0]
+    made = iter(method(first.pixels, second.pixels, moving) if moving else [])
+    for share, (time, lasts) in zip(shares, wanted, strict=True):
+        yield Frame(first.pixels if cut or share == 0 else next(made), time, lasts)
+
+
+def look(pixels: np.ndarray) -> View:
+    import cv2
+
+    height, width = pixels.shape[:2]
+    scale = min(1.0, SMALL / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return View.of(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
