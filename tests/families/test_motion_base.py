@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from charforgex.errors import ModelError
 from charforgex.families import bases, layouts, motion_base, sources
@@ -41,7 +41,7 @@ class Halves:
         )  # fmt: skip
         unet.load_state_dict({key: tensor for key, tensor in state.items() if ".motion_modules." not in key})
         motion.load_state_dict({key: tensor for key, tensor in state.items() if ".motion_modules." in key})
-        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
         self.pictures, self.motion = home / "pictures", home / "motion"
         modules = {name: self.parts[name] for name in ("vae", "text_encoder", "tokenizer")}
         StableDiffusionPipeline(
@@ -117,6 +117,31 @@ def test_two_files_are_the_whole_base(halves, files):
     assert mixed.denoiser.dtype == torch.bfloat16
     as_diffusers = halves.motion / "diffusion_pytorch_model.safetensors"
     same_networks(FAMILY.load(f"{pictures}+{as_diffusers}"), halves.parts)
+
+
+def test_pictures_as_they_were_first_published(halves, tmp_path):
+    """Stable Diffusion 1.5's folder: the encoder with its old level and a buffer, the VAE's attention by diffusers' first names."""
+    folder = shutil.copytree(halves.pictures, tmp_path / "pictures")
+    encoder, vae = folder / "text_encoder" / "model.safetensors", folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(encoder).items()}
+    save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, encoder, {"format": "pt"})
+    first = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = load_file(vae)
+    for new, old in first.items():
+        assert any(new in key for key in state)
+        state = {key.replace(new, old): tensor for key, tensor in state.items()}
+    save_file(state, vae, {"format": "pt"})
+    same_networks(FAMILY.load(f"{folder}+{halves.motion}"), halves.parts)
+
+
+def test_a_vae_of_its_own_comes_first(halves, files):
+    pictures, motion = files
+    tensors = {key.removeprefix("first_stage_model."): t + 1 for key, t in halves.picture_tensors.items() if key.startswith("first_stage")}
+    alone = pictures.with_name("vae-ft-mse.safetensors")
+    save_file(tensors, alone)
+    parts = FAMILY.load(f"{alone}+{pictures}+{motion}", only=("vae",))
+    for key, tensor in parts["vae"].state_dict().items():
+        torch.testing.assert_close(tensor, halves.parts["vae"].state_dict()[key] + 1)
 
 
 def test_a_whole_folder_is_one_too(halves, tmp_path):
