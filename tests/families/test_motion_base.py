@@ -199,6 +199,14 @@ def test_motion_modules_from_the_hub(halves, offline_hub):
         FAMILY.load(f"{halves.pictures}+some/motion")
 
 
+def test_a_config_that_leaves_out_what_is_usual():
+    """As diffusers reads it: two layers a block and the blocks of Stable Diffusion."""
+    config = motion_base.joined_config({"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}, {"use_motion_mid_block": False})
+    assert config["layers_per_block"] == 2 and config["num_attention_heads"] == 8 and config["use_motion_mid_block"] is False
+    assert config["down_block_types"] == [*["CrossAttnDownBlockMotion"] * 3, "DownBlockMotion"]
+    assert config["up_block_types"] == ["UpBlockMotion", *["CrossAttnUpBlockMotion"] * 3]
+
+
 # ---- published files, by their keys ----
 
 # A module of width c has 22 c^2 + 21 c weights; five are 320 wide, five 640 and ten 1280, with the one in the middle eleven

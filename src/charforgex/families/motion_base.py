@@ -143,7 +143,8 @@ def joined_config(picture: Mapping[str, Any], motion: Mapping[str, Any]) -> dict
 
     known = inspect.signature(UNetMotionModel.__init__).parameters
     defaults = {key: p.default for key, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items()}
-    said = {key: value for key, value in picture.items() if not key.startswith("_") and key != "attention_head_dim"}
+    needed = {key: defaults[key] for key in ("layers_per_block", "down_block_types", "up_block_types")}
+    said = needed | {key: value for key, value in picture.items() if not key.startswith("_") and key != "attention_head_dim"}
     strange = {key: value for key, value in said.items() if key not in known and _plain(value) != _plain(defaults.get(key))}
     if strange:
         raise ModelError(f"no motion modules are made for a UNet with {', '.join(f'{key}={value}' for key, value in strange.items())}.")
