@@ -191,3 +191,17 @@ def test_quick_evaluation_reports_its_ratio_and_that_both_sides_agree():
     told = report["values"]["fid"]["500"]
     assert report["ratios"]["fid_vs_torchmetrics.500"] == pytest.approx(told["cpu_seconds"]["ours"] / told["cpu_seconds"]["torchmetrics"])
     assert told["value"]["ours"] == pytest.approx(told["value"]["torchmetrics"], rel=1e-6)
+
+
+def test_quick_interpolation_reports_errors_beside_blending_and_names_what_it_skips():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "interpolate.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"} and report["benchmark"] == "interpolate"
+    assert "rife" in report["skipped"]
+    for world in ("characters", "discs"):
+        told = report["values"][world]
+        assert report["ratios"][f"error_vs_linear.{world}"] == pytest.approx(told["dis"]["error"] / told["linear"]["error"])
+        assert told["dis"]["error"] < 0.3 * told["linear"]["error"], "no matter of speed"
+        assert told["dis"]["error"] < told["plain_dis"]["error"] and told["dis"]["ssim"] > told["linear"]["ssim"]
+        assert report["values"]["cuts"][world] == {"found": 1, "false": 0}

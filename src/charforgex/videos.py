@@ -247,48 +247,6 @@ def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
     }.get(signs)
 
 
-# ---- scenes ----
-
-
-class View(NamedTuple):
-    """What a small frame looks like: histograms of 8 x 8 x 8 colours of its quarters, that add up to 1, and its edges."""
-
-    colours: np.ndarray
-    edges: np.ndarray
-    around: np.ndarray  # the edges, five pixels wide
-
-    @staticmethod
-    def of(pixels: np.ndarray) -> View:
-        import cv2
-        import numpy as np
-
-        quarters = [part for half in np.array_split(pixels, 2) for part in np.array_split(half, 2, axis=1)]
-        counts = [
-            cv2.calcHist([np.ascontiguousarray(part)], [0, 1, 2], None, [8] * 3, [0, 256] * 3).ravel() if part.size else np.zeros(512)
-            for part in quarters
-        ]
-        colours = np.concatenate(counts) / (pixels.shape[0] * pixels.shape[1])
-        edges = cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 60, 160) > 0
-        return View(colours, edges, cv2.dilate(edges.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0)
-
-    def drifted(self, other: View) -> float:
-        """Share of the pixels whose colour is another now, or in another quarter."""
-        import numpy as np
-
-        return float(1 - np.minimum(self.colours, other.colours).sum())
-
-    def differs(self, other: View) -> float:
-        """Mean of `drifted` and the edge change ratio of Zabih et al. (1995): the share of edges that came, or that went.
-
-        The smaller of the two, unlike there: at a cut both are large, and between a shaken and a still frame only one is.
-        """
-        if self.edges.shape != other.edges.shape:
-            return 1.0
-        came, went = (1 - (a.edges & b.around).sum() / max(1, a.edges.sum()) for a, b in ((self, other), (other, self)))
-        few = min(self.edges.sum(), other.edges.sum()) < 0.01 * self.edges.size
-        return (self.drifted(other) + (0.0 if few else float(min(came, went)))) / 2
-
-
 # ---- writing ----
 
 

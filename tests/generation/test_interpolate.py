@@ -83,7 +83,7 @@ def test_the_network_gets_pictures_and_times_in_batches():
 def test_a_cut_is_never_blended():
     pictures = [moving(0), moving(0.3), moving(0.6), *(255 - np.rot90(moving(time), 2) for time in (0, 0.3, 0.6))]
     cuts = []
-    found = list(smooth(clip(pictures), linear, divided(4), 0.4, cuts))
+    found = list(smooth(clip(pictures), linear, divided(4), 0.2, cuts))
     assert cuts == [Fraction(3, 10)] and len(found) == 24
     for frame in found[8:12]:
         assert (frame.pixels == pictures[2]).all()
@@ -94,7 +94,7 @@ def test_a_cut_is_never_blended():
 def test_times_are_exact_and_the_last_frame_stays():
     source = [Frame(moving(0), Fraction(0), Fraction(1, 30)), Frame(moving(0.1), Fraction(1, 30), Fraction(2, 30))]
     source.append(Frame(moving(0.2), Fraction(3, 30), Fraction(1, 30)))
-    found = list(smooth(source, linear, divided(2), 0.4, []))
+    found = list(smooth(source, linear, divided(2), 0.2, []))
     assert [frame.time * 60 for frame in found] == [0, 1, 2, 4, 6, 7] and [frame.lasts * 60 for frame in found] == [1, 1, 2, 2, 1, 1]
     assert [(frame.pixels == source[place // 2].pixels).all() for place, frame in enumerate(found)] == [
         True,
@@ -104,7 +104,7 @@ def test_times_are_exact_and_the_last_frame_stays():
         True,
         True,
     ]
-    even = list(smooth(source, linear, evenly(Fraction(25)), 0.4, []))
+    even = list(smooth(source, linear, evenly(Fraction(25)), 0.2, []))
     assert [frame.time * 25 for frame in even] == [0, 1, 2, 3] and even[-1].time < Fraction(4, 30)
     middle = linear(source[1].pixels, source[2].pixels, [0.7])[0]
     assert (even[2].pixels == middle).all()  # at 0.08: seven tenths of the way from 1/30 to 3/30
@@ -183,7 +183,7 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path):
 
 
 def test_memory_does_not_grow_with_length():
-    """A thousand frames to two thousand: no more than a few are alive."""
+    """Of two hundred frames no more than a few are alive."""
     alive = 0
     most = 0
 
@@ -200,5 +200,5 @@ def test_memory_does_not_grow_with_length():
             most = max(most, alive)
             yield Frame(picture, Fraction(index), Fraction(1))
 
-    assert sum(1 for _ in smooth(made(1000), lambda a, b, times: [np.asarray(a)] * len(times), divided(2), 0.4, [])) == 2000
+    assert sum(1 for _ in smooth(made(200), lambda a, b, times: [np.asarray(a)] * len(times), divided(2), 0.2, [])) == 400
     assert most <= 5

@@ -19,6 +19,8 @@ SMALLEST = 32  # pixels a side that the optical flow needs
 STEPS = 2  # of the search for where a pixel came from; more of them run off at the edges of what moves
 APART = 3.0  # of 255: the frames differing so much more along one flow than along the other makes it count less by a factor of e
 OVERLAP = 128  # pixels of tiles of the network
+SMALL = 96  # pixels of the longer side at which cuts are looked for
+ANOTHER = 24.0  # of 255: from which difference on a colour is another
 
 
 def linear(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
@@ -43,7 +45,7 @@ def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[n
     grey = [cv2.cvtColor(one, cv2.COLOR_RGB2GRAY) for one in (first, second)]
     finder = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     there, back = finder.calc(*grey, None), finder.calc(*grey[::-1], None)
-    grid = np.stack(np.meshgrid(np.arange(first.shape[1], dtype=np.float32), np.arange(first.shape[0], dtype=np.float32)), -1)
+    grid = np.stack(np.meshgrid(*(np.arange(side, dtype=np.float32) for side in first.shape[1::-1])), -1)
     found = []
     for time in times:
         one, apart = _moved(first, second, there, grid, time)
@@ -64,6 +66,30 @@ def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.nda
         _at(frame, places).astype(np.float32) for frame, places in ((first, grid - time * moved), (second, grid + (1 - time) * moved))
     )
     return (1 - time) * one + time * two, cv2.blur(np.abs(one - two).mean(-1), (5, 5))
+
+
+def small(pixels: np.ndarray) -> np.ndarray:
+    """What `strange` compares."""
+    import cv2
+
+    scale = SMALL / max(pixels.shape[:2])
+    height, width = (max(SMALLEST, round(side * scale)) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def strange(first: np.ndarray, second: np.ndarray) -> float:
+    """Share of two small frames whose colour is another also where the optical flow finds it: little in one scene however fast it moves,
+    and most at a cut. Of both directions the one that finds more.
+    """
+    import cv2
+
+    grid = np.stack(np.meshgrid(*(np.arange(side, dtype=np.float32) for side in first.shape[1::-1])), -1)
+    finder = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    shares = []
+    for one, two in ((first, second), (second, first)):
+        flow = finder.calc(cv2.cvtColor(one, cv2.COLOR_RGB2GRAY), cv2.cvtColor(two, cv2.COLOR_RGB2GRAY), None)
+        shares.append(float((np.abs(_at(two, grid + flow).astype(np.float32) - one).mean(-1) > ANOTHER).mean()))
+    return min(shares)
 
 
 def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:

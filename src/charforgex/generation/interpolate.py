@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from charforgex import videos
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, DataError
-from charforgex.videos import Codec, Frame, Output, View
+from charforgex.videos import Codec, Frame, Output
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from charforgex.generation.between import Method
 
-SMALL = 96  # pixels of the longer side at which cuts are looked for
 FINEST = 1 << 31  # ticks a second that files can count
 NETWORK = ("weights", "batch", "tile")  # settings of by=rife alone
 
@@ -33,7 +30,7 @@ Moments = Callable[[Fraction, Fraction], list[tuple[Fraction, Fraction]]]
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """`files`: the video, and what becomes of it. `factor`: frames for each frame; or `fps`, frames a second, at even times; neither is
-    factor=2. `scene`: how different two frames are from which on it is a cut, of 1.
+    factor=2. `scene`: the share of a frame, of 1, from which on it is a cut if nothing in the frame before explains it.
     """
 
     files: list[Path]
@@ -44,7 +41,7 @@ class Settings:
     batch: Annotated[int, Range(at_least=1)] | None = None
     tile: Annotated[int, Range(at_least=256)] | None = None
     device: str = "auto"
-    scene: Annotated[float, Range(above=0, at_most=1)] = 0.4
+    scene: Annotated[float, Range(above=0, at_most=1)] = 0.2
     sound: bool = True
     codec: Codec | None = None
     crf: Annotated[int, Range(at_least=0, at_most=63)] | None = None
@@ -169,13 +166,15 @@ def smooth(frames: Iterable[Frame], method: Method, moments: Moments, scene: flo
 
     Before a cut the last frame of the scene stays, and the time of the cut is added to `cuts`. Raises DataError if the size changes.
     """
+    from charforgex.generation.between import small, strange
+
     before, seen = None, None
     for frame in frames:
-        view = look(frame.pixels)
+        view = small(frame.pixels)
         if before is not None:
             if frame.pixels.shape != before.pixels.shape:
                 raise DataError(f"the size of the video's frames changes at {float(frame.time):.3f} seconds; cut it there.")
-            cut = view.differs(seen) > scene
+            cut = strange(seen, view) > scene
             if cut:
                 cuts.append(frame.time)
             yield from _between(before, frame, method, moments, cut)
@@ -191,12 +190,3 @@ def _between(first: Frame, second: Frame, method: Method, moments: Moments, cut:
     made = iter(method(first.pixels, second.pixels, moving) if moving else [])
     for share, (time, lasts) in zip(shares, wanted, strict=True):
         yield Frame(first.pixels if cut or share == 0 else next(made), time, lasts)
-
-
-def look(pixels: np.ndarray) -> View:
-    import cv2
-
-    height, width = pixels.shape[:2]
-    scale = min(1.0, SMALL / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return View.of(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
