@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["curate", "evaluate", "generate", "lora_tool", "merge", "train"]
+__all__ = ["curate", "evaluate", "generate", "interpolate", "lora_tool", "merge", "train"]
 
 
 def curate(**settings: Any) -> dict[str, Any]:
@@ -33,6 +33,11 @@ def generate(**settings: Any) -> dict[str, Any]:
 def evaluate(**settings: Any) -> dict[str, Any]:
     """What `python evaluate.py name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
     return _run("evaluate", "charforgex.evaluation.run:run", settings)
+
+
+def interpolate(**settings: Any) -> dict[str, Any]:
+    """What `charforgex interpolate name=value ...` does, in and out as `files=[...]`. Returns what was made; raises a CharForgeError."""
+    return _run("interpolate", "charforgex.generation.interpolate:interpolate", settings)
 
 
 def merge(**settings: Any) -> dict[str, Any]:

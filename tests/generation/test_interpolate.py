@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import charforgex
 from charforgex import cli
 from charforgex.config import compose
 from charforgex.errors import CharForgeError, ConfigError
@@ -133,7 +134,7 @@ def test_a_video_through_the_command_with_its_sound(tmp_path, capsys, monkeypatc
 
 def test_one_frame_and_television_s_rate_and_frames_in_a_folder(tmp_path):
     make(tmp_path / "one.mp4", [4])
-    told = interpolate(compose("interpolate", [f"files=[{tmp_path}/one.mp4,{tmp_path}/out]", "factor=8"]))
+    told = charforgex.interpolate(files=[tmp_path / "one.mp4", tmp_path / "out"], factor=8)
     assert told["frames"] == 8 and told["frames_before"] == 1 and told["cuts"] == []
     assert json.loads((tmp_path / "out" / "frames.json").read_text())["times"][1] == pytest.approx(1001 / 240_000)
     make(tmp_path / "few.mp4", [4, 4, 4])
@@ -180,6 +181,12 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path):
         with pytest.raises(CharForgeError, match=said):
             interpolate(compose("interpolate", [f"files=[{','.join(str(tmp_path / name) for name in files)}]", "by=linear"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.mp4", "in.mp4"] and (tmp_path / "in.mp4").read_bytes() == data
+
+
+def test_one_name_alone_is_not_enough(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["interpolate", "in.mp4"])
+    assert done.value.code == 2 and "files=['in.mp4']: name a video and what becomes of it: in.mp4 out.mp4" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_length():

@@ -33,7 +33,7 @@ class Settings:
     factor=2. `scene`: the share of a frame, of 1, from which on it is a cut if nothing in the frame before explains it.
     """
 
-    files: list[Path]
+    files: Path | list[Path]
     factor: Annotated[int, Range(at_least=2, at_most=64)] | None = None
     fps: Annotated[float, Range(above=0, at_most=1000)] | None = None
     by: Literal["dis", "linear", "rife"] = "dis"
@@ -48,8 +48,9 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self):
-        if len(self.files) != 2:
-            raise ConfigError(f"files={[str(path) for path in self.files]}: name a video and what becomes of it: in.mp4 out.mp4")
+        if isinstance(self.files, Path) or len(self.files) != 2:
+            named = [str(path) for path in ([self.files] if isinstance(self.files, Path) else self.files)]
+            raise ConfigError(f"files={named}: name a video and what becomes of it: in.mp4 out.mp4")
         if self.factor is not None and self.fps is not None:
             raise ConfigError(f"factor={self.factor} and fps={self.fps:g} both say how many frames there are; leave one out.")
         if self.by == "rife" and self.weights is None:
