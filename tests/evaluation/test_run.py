@@ -220,3 +220,28 @@ def test_every_metric_binds_and_takes_its_settings():
     metrics = registry.load(cfg.metrics)
     assert list(metrics) == list(registry.METRICS)
     assert (metrics["identity"].embedder, metrics["leakage"].embedder) == ("mine", "yours")
+
+
+def test_losses_of_whoever_draws_are_measured_once_and_people_are_asked_about_pictures(home, tmp_path, monkeypatch):
+    _, asked, _ = home
+    wanted = asked | {"scales": [1], "metric": ["levels"], "vote": "page", "vote.pairs": 4, "metrics.levels.levels": 4}
+    result = charforgex.evaluate(**wanted, out=tmp_path / "out")
+    values = result["metrics"]["levels"]["values"]
+    assert set(values) == {"base", "step 2", "step 4, best"}
+    for value in values.values():
+        assert list(value["parts"]) == ["t=0.125", "t=0.375", "t=0.625", "t=0.875"] and value["count"] == 3
+        assert value["estimate"] == pytest.approx(np.mean(list(value["parts"].values())))
+    assert len({value["estimate"] for value in values.values()}) == 3
+    key = json.loads((tmp_path / "out" / "vote_key.json").read_text())
+    assert result["vote"] == str(tmp_path / "out" / "vote.html") and key["contestants"] == ["step 2", "step 4, best"]
+
+    monkeypatch.setattr("charforgex.evaluation.levels.losses", None)
+    again = charforgex.evaluate(**wanted, out=tmp_path / "again")
+    assert again["metrics"]["levels"]["values"] == values
+
+
+def test_a_vote_needs_two(home):
+    _, asked, _ = home
+    with pytest.raises(ConfigError, match="alone is no choice"):
+        alone = {"lora": None, "base": "tiny", "scales": [1], "references": asked["lora"]}
+        charforgex.evaluate(**asked | alone, metric=["identity"], vote="page")
