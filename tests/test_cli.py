@@ -186,6 +186,7 @@ def test_help_into_a_closed_pipe_is_no_failure(tmp_path, unbuffered):
             ["-m", "weights=[1,0],[0,1]", "a.safetensors", "b.safetensors"],
             ["lora=[a.safetensors,b.safetensors]", "-m", "weights=[1,0],[0,1]"],
         ),
+        (["~hydra.x", "~/a.safetensors"], ["lora='~/a.safetensors'", "~hydra.x"]),
         (["lora=a.safetensors", "out=b.safetensors"], ["lora=a.safetensors", "out=b.safetensors"]),
         (["--help"], ["--help"]),
     ],

@@ -36,6 +36,7 @@ FILES = {
     "merge": (".safetensors", "lora"), "evaluate": ("", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"),
     "bench": ("", "suite"), "interpolate": ("", "files"),
 }  # fmt: skip
+IS_SETTING = re.compile(r"~[^/]|.*=", re.DOTALL)  # name=value, or ~name, which is not the path ~/name
 # Hydra's flags that a word follows
 FLAGS = ["--cfg", "-c", "--info", "-i", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"]
 TOOLS = {  # on LoRA files, as `charforgex lora <tool> a.safetensors [name=value ...]`: entry and purpose; conf/lora_<tool>.yaml
@@ -105,7 +106,7 @@ def with_files(arguments: Sequence[str], suffix: str = ".safetensors", setting: 
     from charforgex.overrides import written
 
     alone = [argument for before, argument in zip(["", *arguments], arguments, strict=False) if before not in FLAGS]
-    files = [argument for argument in alone if argument.endswith(suffix) and "=" not in argument and argument[:1] != "-"]
+    files = [argument for argument in alone if argument.endswith(suffix) and not IS_SETTING.match(argument) and argument[:1] != "-"]
     rest = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments if argument not in files]
     return ([f"{setting}={written(files[0] if len(files) == 1 else files)}"] if files else []) + rest
 
@@ -113,7 +114,7 @@ def with_files(arguments: Sequence[str], suffix: str = ".safetensors", setting: 
 def settings_first(arguments: Sequence[str]) -> list[str]:
     """Settings before Hydra's flags, wherever they were typed: `a=1 -m b=2,3` is an error of argparse, which takes all settings or none
     behind a flag."""
-    settings = [argument for argument in arguments if argument[:1] != "-" and ("=" in argument or re.match(r"~[^/]", argument))]
+    settings = [argument for argument in arguments if argument[:1] != "-" and IS_SETTING.match(argument)]
     return settings + [argument for argument in arguments if argument not in settings]
 
 

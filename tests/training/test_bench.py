@@ -59,20 +59,20 @@ def test_a_suite_is_what_it_asks_for(monkeypatch):
 )
 def test_settings_that_would_make_it_another_suite_are_refused(given, said):
     with pytest.raises(ConfigError, match=said):
-        BenchSettings(**given)
+        BenchSettings(**{"suite": "characters", **given})
 
 
 def test_trainings_that_differ_have_folders_of_their_own():
-    plain, small = (bench.training(BenchSettings(settings=given), "sdxl", 1).run_dir for given in ("", "lora.rank=4"))
+    plain, small = (bench.training(BenchSettings("characters", settings=given), "sdxl", 1).run_dir for given in ("", "lora.rank=4"))
     assert plain != small and plain.startswith("runs/bench/sdxl-1-")
     with pytest.raises(ConfigError, match=r"lora\.rnak"):
-        bench.training(BenchSettings(settings="lora.rnak=4"), "sdxl", 1)
+        bench.training(BenchSettings("characters", settings="lora.rnak=4"), "sdxl", 1)
 
 
 def test_a_look_at_one_character_is_measured_and_not_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = "trainer.steps=2 evaluation.every=2 family.recipe.sampling_steps=2"
-    found = bench.bench(compose("bench", ["families=[sdxl]", "characters=[0]", f"settings='{tiny}'"]))
+    found = bench.bench(compose("bench", ["suite=characters", "families=[sdxl]", "characters=[0]", f"settings='{tiny}'"]))
     assert not found["recorded"] and not (tmp_path / "docs").exists()
     (one,) = found["lines"]
     assert set(one["means"]) == set(bench.TOLD) and one["means"]["gain"]["low"] is None

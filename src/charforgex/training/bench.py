@@ -37,7 +37,7 @@ TOLD = ("gain", "identity", "verification", "attributes", "pairwise", "memorisat
 class BenchSettings:
     """conf/bench.yaml."""
 
-    suite: str = "characters"
+    suite: str
     families: list[str] = field(default_factory=lambda: ["sdxl", "flux", "sd3"])
     settings: str = ""
     note: str = ""
@@ -47,7 +47,7 @@ class BenchSettings:
 
     def __post_init__(self):
         if self.suite != "characters":
-            raise ConfigError(f"suite={self.suite} is none; there is characters.")
+            raise ConfigError(f"suite={self.suite} is none; there is characters: charforgex bench characters.")
         for name in ("families", "characters"):
             if (given := getattr(self, name)) is not None and (not given or len(set(given)) < len(given)):
                 raise ConfigError(f"{name}={given} must name some, each once.")
