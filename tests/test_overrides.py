@@ -82,3 +82,10 @@ def test_what_is_not_a_bare_text_stays():
     assert quote_texts(kept) == kept
     assert quote_texts(["prompt=a,b", "--multirun"]) == ["prompt=a,b", "--multirun"]
     assert quote_texts(["sampling.negative=dark, blurry", "+trigger=a b"]) == ["sampling.negative='dark, blurry'", "+trigger='a b'"]
+
+
+def test_the_home_folder(monkeypatch):
+    """Hydra's grammar has no ~, and only some shells have replaced it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert quote_texts(["out=~/a b.png", "prompt=~/x"]) == ["out='/home/me/a b.png'", "prompt='~/x'"]
+    assert parsed(as_overrides({"lora": "~/a.safetensors"})) == {"lora": "~/a.safetensors"}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 TEXTS = ("prompt", "negative", "trigger", "question", "note", "settings")  # settings, by the last part of their name, that hold a sentence
-PLAIN = re.compile(r"[A-Za-z0-9_./~@%+-]*[A-Za-z_/][A-Za-z0-9_./~@%+-]*")
+PLAIN = re.compile(r"[A-Za-z0-9_./@%+-]*[A-Za-z_/][A-Za-z0-9_./@%+-]*")
 NAME = re.compile(r"[A-Za-z_]\w*")  # others, such as patterns, cannot be spelled with dots: their mapping is one value
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "nan", "inf")
 
@@ -64,7 +65,8 @@ def quoted(text: str) -> str:
 def quote_texts(arguments: Iterable[str]) -> list[str]:
     """A command line whose texts may be typed as they are: `prompt="a cat, {red|blue}"` reaches Hydra as `prompt='a cat, {red|blue}'`.
 
-    Lists, null, and what is quoted for Hydra already stay. So does every argument of a multirun, where commas mean a sweep.
+    A value that begins with `~/` is the path in the home folder, as in bash; Hydra's grammar knows no `~` and some shells leave it. Lists,
+    null, and what is quoted for Hydra already stay. So does every argument of a multirun, where commas mean a sweep.
     """
     arguments = list(arguments)
     if {"-m", "--multirun"} & set(arguments):
@@ -76,6 +78,8 @@ def _quote_text(argument: str) -> str:
     key, equals, value = argument.partition("=")
     value = value.strip()
     is_text = equals and re.fullmatch(r"[+]{0,2}[A-Za-z_][\w.]*", key) and key.rpartition(".")[2].lstrip("+") in TEXTS
+    if equals and not is_text and re.fullmatch(r"~/[^,]*", value):
+        return f"{key}={written(Path(value).expanduser())}"
     if not is_text or not value or value == "null" or value.startswith("["):
         return argument
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
