@@ -106,8 +106,23 @@ class Canvas:
         column = np.asarray(start) * (1 - ramp) + np.asarray(end) * ramp
         self.image.paste(Image.fromarray(column.astype(np.uint8)).resize((self.pixels, len(column))), (0, a))
 
-    def finish(self) -> np.ndarray:
-        return np.asarray(self.image.reduce(OVERSAMPLE))
+    def finish(self, camera: np.ndarray | None = None) -> np.ndarray:
+        """The picture; with `camera`, as it sees the canvas."""
+        image = self.image
+        if camera is not None:
+            image = image.transform(
+                image.size, Image.Transform.AFFINE, _pixels(camera, self.pixels).ravel().tolist(), Image.Resampling.BILINEAR
+            )
+        return np.asarray(image.reduce(OVERSAMPLE))
+
+
+def camera_of(context: Context) -> np.ndarray | None:
+    """Where each point of the picture lies on the canvas, (2, 3) in picture widths. None where the camera is at rest."""
+    if (context.pan, context.zoom, context.roll) == (0.0, 1.0, 0.0):
+        return None
+    angle = math.radians(context.roll)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / context.zoom
+    return np.concatenate([turn, (np.array([0.5 + context.pan, 0.5]) - turn @ (0.5, 0.5))[:, None]], 1)
 
 
 def scenery(canvas: Canvas, context: Context) -> None:
@@ -185,7 +200,8 @@ def placing(context: Context) -> tuple[dict[str, float], dict]:
     """Where `Canvas.move` puts the body, and the head."""
     unit, y = {"portrait": (0.27, 0.47), "close-up": (0.35, 0.52)}[context.frame]
     place = {"x": 0.5 + context.dx, "y": y + context.dy, "unit": unit * context.scale}
-    return place, place | {"degrees": context.tilt, "pivot": (0.0, 0.9)}
+    head = place | {"y": place["y"] + 0.05 * unit * context.nod}
+    return place, head | {"degrees": context.tilt, "pivot": (0.0, 0.9)}
 
 
 def face_of(identity: Identity, context: Context, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +215,13 @@ def face_of(identity: Identity, context: Context, size: int = 64) -> tuple[np.nd
               (mouth[0] - half, mouth[1]), (mouth[0] + half, mouth[1])]  # fmt: skip
     top, bottom = figure.eye_y - 0.5, figure.height
     oval = _CIRCLE * (figure.width, (bottom - top) / 2) + (0, (top + bottom) / 2)
-    outline, points = (np.array(canvas._at(p)) * size / OVERSAMPLE for p in (oval, points))
+    outline, points = (_seen(np.array(canvas._at(p)) / OVERSAMPLE, camera_of(context)) * size for p in (oval, points))
     return np.concatenate([outline.min(0), outline.max(0)]), points
+
+
+def _seen(points: np.ndarray, camera: np.ndarray | None) -> np.ndarray:
+    """Points of the canvas where the camera shows them."""
+    return points if camera is None else (points - camera[:, 2]) @ np.linalg.inv(camera[:, :2]).T
 
 
 def draw_figure(canvas: Canvas, identity: Identity, context: Context) -> np.ndarray:
@@ -217,7 +238,7 @@ def draw_figure(canvas: Canvas, identity: Identity, context: Context) -> np.ndar
     figure.front_hair(canvas)
     figure.glasses(canvas)
     figure.hat(canvas)
-    return canvas.finish()
+    return canvas.finish(camera_of(context))
 
 
 class Figure:
@@ -233,14 +254,15 @@ class Figure:
         self.height = 0.92
         self.volume = 0.16 + 0.05 * identity.hair_volume
         self.dx = 0.24 * context.yaw  # how far the face's features shift when the head turns
+        self.down = 0.16 * context.nod  # and when it nods
         self.eye_x = 0.35 + 0.05 * identity.eye_spacing
-        self.eye_y = 0.1 + 0.06 * identity.eye_height
-        self.nose_y = 0.36 + 0.05 * identity.nose_length
+        self.eye_y = 0.1 + 0.06 * identity.eye_height + self.down
+        self.nose_y = 0.36 + 0.05 * identity.nose_length + 1.25 * self.down
 
     def mouth_place(self) -> tuple[tuple[float, float], float]:
         """The mouth's middle and half its width."""
         y = 0.62 + 0.03 * self.i.nose_length + (0.0 if self.i.beard == "none" else 0.04)
-        return (self.dx * 1.05, y), 0.25 + 0.05 * self.i.mouth_width
+        return (self.dx * 1.05, y + 1.05 * self.down), 0.25 + 0.05 * self.i.mouth_width
 
     def back_hair(self, canvas: Canvas) -> None:
         w, h, dark = self.width, self.height, self.hair_dark
@@ -289,8 +311,8 @@ class Figure:
         for side in (-1, 1):
             if self.c.wave and side == 1:
                 a = (self.c.wave - 0.5) * 1.2
-                elbow, hand = (1.7, 1.75), (1.75 + 0.85 * math.sin(a), 1.75 - 1.1 * math.cos(a))
-                canvas.stroke([(sw - 0.15, 1.5), elbow, hand], 0.4, dark)
+                elbow, hand = (1.4, 1.8), (1.4 + 1.15 * math.sin(a), 1.8 - 1.3 * math.cos(a))
+                canvas.stroke([(sw - 0.15, 1.5), elbow, hand], 0.36, dark)
                 canvas.oval(*hand, 0.26, 0.26, self.skin)
             else:
                 canvas.stroke([(side * (sw - 0.15), 1.55), (side * (sw + 0.14), 2.7)], 0.42, dark)
@@ -346,7 +368,7 @@ class Figure:
         canvas.fill(self.face, skin)
         blush = mix(skin, (240, 80, 80), 0.28)
         for side in (-1, 1):
-            canvas.oval(side * 0.5 + dx, 0.42, 0.16, 0.1, blush)
+            canvas.oval(side * 0.5 + dx, 0.42 + self.down, 0.16, 0.1, blush)
         if self.i.beard == "full beard":
             inner = curve((w, 0.1), (w, low, jaw * w, h + 0.04, 0, h + 0.06), (-jaw * w, h + 0.04, -w, low, -w, 0.1))
             canvas.fill(
@@ -357,7 +379,7 @@ class Figure:
             colour = mix(skin, (110, 46, 20), 0.7)
             for side in (-1, 1):
                 for k in range(4):
-                    canvas.oval(dx + side * (0.34 + 0.13 * (k % 2)), 0.34 + 0.13 * (k // 2), 0.045, 0.045, colour)
+                    canvas.oval(dx + side * (0.34 + 0.13 * (k % 2)), 0.34 + 0.13 * (k // 2) + self.down, 0.045, 0.045, colour)
 
     def eyes(self, canvas: Canvas) -> None:
         expression, dx = self.c.expression, self.dx

@@ -70,7 +70,10 @@ CONTINUOUS = tuple(field.name for field in fields(Identity) if field.type == "fl
 
 @dataclass(frozen=True)
 class Context:
-    """What one picture shows besides who it is. Offsets are in picture widths, `tilt` in degrees, the rest in [0, 1]."""
+    """What one picture shows besides who it is. Offsets are in picture widths, `tilt` and `roll` in degrees, the rest in [0, 1].
+
+    What stands from `blink` on is at rest in pictures, and moves in clips.
+    """
 
     expression: str
     garment: str
@@ -86,7 +89,11 @@ class Context:
     detail: float = 0.5  # moves the scenery
     blink: float = 0.0
     talk: float = 0.0
-    wave: float = 0.0
+    wave: float = 0.0  # 0: the arm hangs; otherwise where the raised hand is, from one side to the other
+    nod: float = 0.0  # -1 looks up, 1 looks down
+    pan: float = 0.0  # of the camera: how far to the right it looks
+    zoom: float = 1.0  # at least 1; the camera sees no further than the scene
+    roll: float = 0.0
 
 
 # What the attribute classifier reads off a picture: name -> possible values.
