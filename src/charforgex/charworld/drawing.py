@@ -110,9 +110,8 @@ class Canvas:
         """The picture; with `camera`, as it sees the canvas."""
         image = self.image
         if camera is not None:
-            image = image.transform(
-                image.size, Image.Transform.AFFINE, _pixels(camera, self.pixels).ravel().tolist(), Image.Resampling.BILINEAR
-            )
+            where = (camera * (1, 1, self.pixels)).ravel().tolist()
+            image = image.transform(image.size, Image.Transform.AFFINE, where, Image.Resampling.BILINEAR)
         return np.asarray(image.reduce(OVERSAMPLE))
 
 
