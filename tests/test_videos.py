@@ -94,6 +94,18 @@ def test_odd_sizes_and_one_frame(tmp_path):
     assert np.abs(frame.pixels[:35, :41].astype(int) - picture(7, (35, 41))).mean() < 4
 
 
+def test_ffv1_keeps_every_pixel_and_the_same_frames_are_the_same_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (4, 35, 41, 3)).astype(np.uint8)
+    for name in ("a.mkv", "b.mkv"):
+        with writing(Output(tmp_path / name, Fraction(8), 1000, "ffv1")) as out:
+            for index, pixels in enumerate(noise):
+                out.write(pixels, Fraction(index, 8), Fraction(1, 8))
+    found = list(frames(tmp_path / "a.mkv"))
+    assert (np.stack([frame.pixels for frame in found]) == noise).all()
+    assert [frame.time for frame in found] == [Fraction(index, 8) for index in range(4)]
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
 def test_gif_and_apng_and_a_folder(tmp_path):
     from PIL import Image
 

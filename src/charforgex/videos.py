@@ -36,13 +36,13 @@ FASTEST = 240  # frames per second of the longest video: bounds files whose cloc
 MAX_PIXELS = 1 << 26  # of a frame; 8K has half as many
 NEEDS = "reading and writing videos needs PyAV: pip install 'charforgex[video]'"
 
-Codec = Literal["h264", "h265", "av1", "vp9"]
-ENCODERS = {  # the first that this PyAV has; and the quality at which people see no difference
+Codec = Literal["h264", "h265", "av1", "vp9", "ffv1"]
+ENCODERS = {  # the first that this PyAV has; and the quality at which people see no difference, None: it keeps every pixel as it is
     "h264": (("libx264", "libopenh264"), 18), "h265": (("libx265",), 20),
-    "av1": (("libsvtav1", "libaom-av1"), 25), "vp9": (("libvpx-vp9",), 24),
+    "av1": (("libsvtav1", "libaom-av1"), 25), "vp9": (("libvpx-vp9",), 24), "ffv1": (("ffv1",), None),
 }  # fmt: skip
 HOLDS = {  # what a file may hold by its suffix; its first codec where nobody chooses one
-    ".mp4": ("h264", "h265", "av1"), ".mov": ("h264", "h265"), ".mkv": ("h264", "h265", "av1", "vp9"), ".webm": ("vp9", "av1"),
+    ".mp4": ("h264", "h265", "av1"), ".mov": ("h264", "h265"), ".mkv": ("h264", "h265", "av1", "vp9", "ffv1"), ".webm": ("vp9", "av1"),
     ".gif": (), ".apng": (), "": (),
 }  # fmt: skip
 
@@ -334,6 +334,7 @@ class Writer:
         suffix = self.output.path.suffix.lower()
         options = {"movflags": "+faststart"} if suffix in (".mp4", ".mov") else {}
         options |= {".gif": {"loop": "0"}, ".apng": {"plays": "0"}}.get(suffix, {})
+        options |= {"fflags": "bitexact"} if self.codec == "ffv1" else {}  # else no two files are equal: Matroska numbers each at random
         self.container = self.stack.enter_context(av.open(str(self.temporary), "w", container_options=options))
         if self.output.comment:
             self.container.metadata["comment"] = self.output.comment
@@ -343,8 +344,10 @@ class Writer:
         crf = self.output.crf if self.output.crf is not None else ENCODERS[self.codec][1] if self.codec else None
         options = {"crf": str(crf)} if crf is not None else {}
         options |= {"libx265": {"x265-params": "log-level=error"}, "libvpx-vp9": {"b": "0", "row-mt": "1"}}.get(name, {})
+        options |= {"level": "3", "g": "1"} if name == "ffv1" else {}  # every frame by itself, with a checksum
         self.stream = self.container.add_stream(name, rate=self.output.rate, options=options)
-        self.stream.pix_fmt = "yuv420p" if self.codec else {".gif": "pal8", ".apng": "rgb24"}[suffix]
+        self.pads = self.codec is not None and name != "ffv1"
+        self.stream.pix_fmt = "yuv420p" if self.pads else {".gif": "pal8", ".apng": "rgb24", ".mkv": "bgr0"}[suffix]
         self.stream.codec_context.time_base = Fraction(1, self.clock)
         if self.codec == "h265" and suffix != ".mkv":
             self.stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
@@ -374,16 +377,20 @@ class Writer:
         self.waiting = next(self.packets, None)
 
     def write(self, pixels: np.ndarray, time: Fraction, lasts: Fraction) -> None:
-        """A frame of the first one's size. Videos have even sizes: the last row and column of odd ones is there twice."""
+        """A frame of the first one's size. Lossy videos have even sizes: the last row and column of odd ones is there twice."""
         import av
+        import numpy as np
 
         if not self.began:
             height, width = pixels.shape[:2]
-            self.stream.width, self.stream.height = (width + width % 2, height + height % 2) if self.codec else (width, height)
+            self.stream.width, self.stream.height = (width + width % 2, height + height % 2) if self.pads else (width, height)
             self.began = True
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24") if self.codec is None else self._yuv(pixels)
         if self.stream.pix_fmt == "pal8":
             frame = paletted(pixels)
+        else:
+            frame = self._yuv(pixels) if self.pads else av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        if self.stream.pix_fmt == "bgr0":
+            frame = frame.reformat(format="bgr0")
         frame.pts, frame.time_base = round(time * self.clock), Fraction(1, self.clock)
         frame.duration = max(1, round((time + lasts) * self.clock) - frame.pts)
         self.lengths[frame.pts] = frame.duration

@@ -168,6 +168,12 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, said):
         interpolate(compose("interpolate", [f"files=[{tmp_path}/in.mp4,{tmp_path}/out.mp4]", *settings]))
 
 
+def test_a_quality_for_what_loses_nothing_is_refused(tmp_path):
+    make(tmp_path / "in.mp4", [1])
+    with pytest.raises(ConfigError, match=r"crf=20 would have no effect: out\.mkv keeps all"):
+        interpolate(compose("interpolate", [f"files=[{tmp_path}/in.mp4,{tmp_path}/out.mkv]", "codec=ffv1", "crf=20"]))
+
+
 def test_nothing_is_overwritten_or_left_half_done(tmp_path):
     data = make(tmp_path / "in.mp4", range(90)).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])

@@ -70,7 +70,7 @@ class Settings:
     def check(self) -> None:
         """What can be known before a frame is read. Raises ConfigError."""
         codec = videos.check_output(self.out, self.codec)
-        if codec is None and self.crf is not None:
+        if self.crf is not None and (codec is None or videos.ENCODERS[codec][1] is None):
             raise ConfigError(f"crf={self.crf} would have no effect: {self.out.name} keeps all that its format can; leave it out.")
         if self.out.resolve() == self.source.resolve():
             raise ConfigError(f"{self.out} is the video itself, which stays as it is; name another file.")
