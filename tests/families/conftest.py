@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from charforgex.families import registry
 from charforgex.families.base import Family
+from charforgex.families.motion_base import Motion
 from charforgex.families.sdxl import Sdxl
+from charforgex.families.single_file import tables
 from charforgex.types import Components
 
 
@@ -24,6 +26,14 @@ def listing(family: str) -> dict[str, tuple[int, ...]]:
         for number in range(int(repeated[1]) if repeated else 1):
             found[key.replace(repeated[0], str(number)) if repeated else key] = tuple(shape)
     return found
+
+
+def motion_listing(variant: str, number: int = 0) -> dict[str, tuple[int, ...]]:
+    """Of AnimateDiff's published motion modules, from the very names that it is read by; test_motion_base holds those to diffusers'."""
+    _, _, table = tables(Motion, "motion_adapter", variant)[number]
+    keys = {original.key: shape for original, shape in table.values()}
+    second = {k.replace("attention_blocks.0.pos", "attention_blocks.1.pos"): s for k, s in keys.items() if "pos_encoder" in k}
+    return keys | second
 
 
 def write_header(path: Path, shapes, metadata=None, dtype: str = "F16") -> Path:

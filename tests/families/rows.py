@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from charforgex.families import layouts
 from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.base import Family
 from charforgex.families.flux import Flux
@@ -24,6 +25,7 @@ class Row:
     frames: tuple[int, ...] = ()  # of a clip, for families of video: one number
     formats: tuple[str, ...] = tuple(formats.FORMATS)  # LoRA formats that hold any of its layers
     beta_schedule: str = "scaled_linear"  # of those that have betas
+    single_file: str | None = None  # what its own single files are, if not a whole base of the family
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -42,11 +44,8 @@ ROWS = [
     Row(Sdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 6, 8)),
     Row(Flux(), tokens_LD=(24, 32), pooled_D=32, latent_Chw=(4, 6, 8)),
     Row(Sd3(), tokens_LD=(77 + 24, 64), pooled_D=64, latent_Chw=(4, 6, 8)),
-]
-
-# Families that the registry does not name yet, because nothing trains or draws with them: they keep all promises but the file's name
-AHEAD = [
     Row(
-        AnimateDiff(), tokens_LD=(77, 32), pooled_D=None, latent_Chw=(4, 6, 8), frames=(3,), formats=("diffusers",), beta_schedule="linear"
+        AnimateDiff(), tokens_LD=(77, 32), pooled_D=None, latent_Chw=(4, 6, 8), frames=(3,), formats=("diffusers",),
+        beta_schedule="linear", single_file=layouts.MOTION,
     ),
-]
+]  # fmt: skip

@@ -18,7 +18,7 @@ from charforgex.families.loading import Base, denoiser_config, weights_hash
 from charforgex.families.motion_base import Motion, Pictures
 from charforgex.families.single_file import Checkpoint, tables
 from charforgex.types import Components, Crop
-from tests.families.conftest import cache_snapshot, original_tensors, same_networks, write_header
+from tests.families.conftest import cache_snapshot, motion_listing, original_tensors, same_networks, write_header
 
 FAMILY = AnimateDiff()
 
@@ -119,7 +119,7 @@ def test_two_files_are_the_whole_base(halves, files):
     same_networks(FAMILY.load(f"{pictures}+{as_diffusers}"), halves.parts)
 
 
-def test_pictures_as_they_were_first_published(halves, tmp_path):
+def test_pictures_as_they_were_first_motion_listing(halves, tmp_path):
     """Stable Diffusion 1.5's folder: the encoder with its old level and a buffer, the VAE's attention by diffusers' first names."""
     folder = shutil.copytree(halves.pictures, tmp_path / "pictures")
     encoder, vae = folder / "text_encoder" / "model.safetensors", folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -213,20 +213,13 @@ def test_a_config_that_leaves_out_what_is_usual():
 SIZES = {"v1": (20, 417_137_600), "v2": (21, 453_209_280), "v3": (20, 417_137_600)}
 
 
-def published(variant: str, number: int = 0) -> dict[str, tuple[int, ...]]:
-    _, _, table = tables(Motion, "motion_adapter", variant)[number]
-    keys = {original.key: shape for original, shape in table.values()}
-    second = {k.replace("attention_blocks.0.pos", "attention_blocks.1.pos"): s for k, s in keys.items() if "pos_encoder" in k}
-    return keys | second
-
-
 @pytest.mark.parametrize("variant", SIZES)
 def test_each_version_of_the_motion_modules_is_told_from_its_keys(variant, tmp_path):
     """Every key has its place, diffusers' own converter says the same of it, and what is missing, left over or of another size is named."""
     from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 
     modules, weights = SIZES[variant]
-    keys = published(variant)
+    keys = motion_listing(variant)
     path = tmp_path / "motion.safetensors"
     checkpoint = Checkpoint(Motion(), write_header(path, keys))
     assert checkpoint.variant == variant
@@ -263,7 +256,7 @@ def test_a_published_picture_base_with_published_motion(tmp_path):
     positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     path = write_header(tmp_path / "v1-5-pruned-emaonly.safetensors", keys | {positions: (1, 77)})
     for version in ("v2", "v3"):
-        motion = write_header(tmp_path / f"{version}.safetensors", published(version))
+        motion = write_header(tmp_path / f"{version}.safetensors", motion_listing(version))
         assert denoiser_config(FAMILY, f"{path}+{motion}") == bases.get(f"animatediff_{version}").config
     base = Base(FAMILY, f"{path}+{motion}", [])
     assert base.facts().items() >= {"latent_stride": 8, "pixel_multiple": 64, "default_size": 512, "max_frames": 32}.items()

@@ -186,7 +186,7 @@ def test_numbers_are_the_familys():
     like = {
         "sdxl_base": ("sdxl", {}), "flux_dev": ("flux", {"guidance_embeds": True}), "flux_schnell": ("flux", {"guidance_embeds": False}),
         "sd3_medium": ("sd3", {"num_layers": 24}), "sd35_large": ("sd3", {"num_layers": 38, "dual_attention_layers": []}),
-        "sd35_medium": ("sd3", {"num_layers": 24, "dual_attention_layers": [0, 1]}),
+        "sd35_medium": ("sd3", {"num_layers": 24, "dual_attention_layers": [0, 1]}), "animatediff_v3": ("animatediff", {}),
     }  # fmt: skip
     for stem, (name, config) in like.items():
         assert get(name).published(config) == stem

@@ -192,11 +192,14 @@ def _studio(
 
 
 def _read_stack(settings: Settings, entrants: Sequence[Contestant]) -> Stack:
+    from charforgex.families.registry import refuse_clips
     from charforgex.generation.settings import Settings as Generation
     from charforgex.generation.stack import read_stack
 
     paths = list(dict.fromkeys(str(path) for one in entrants for path in one.loras))
-    return read_stack(Generation(lora=paths or None, base=settings.base, family=settings.family, tokenizer=settings.tokenizer))
+    stack = read_stack(Generation(lora=paths or None, base=settings.base, family=settings.family, tokenizer=settings.tokenizer))
+    refuse_clips(stack.family, "evaluate", "what a motion LoRA does is measured by its training, in the run's result.json.")
+    return stack
 
 
 def _plan(

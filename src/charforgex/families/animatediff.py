@@ -97,19 +97,22 @@ class AnimateDiff(spelled.AnimateDiff, Family):
         return _clips(torch.cat(pixels), len(latents_BCThw))
 
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
-        """One time a clip. Raises ConfigError for more frames than the motion modules know."""
+        """One time a clip, one text a clip or a frame. Raises ConfigError for more frames than the motion modules know."""
         frames, known = noisy.shape[2], denoiser.config.motion_max_seq_length
         if frames > known:
             raise ConfigError(f"A clip of {frames} frames: these motion modules know {known} at once; take that many or fewer.")
-        index = (t_B.float() * 999).round().long()
-        tokens = text.tokens_BLD.to(noisy.dtype).repeat_interleave(frames, dim=0)
+        index = t_B.float() * 999
+        index = torch.where((index - index.round()).abs() < 1e-3, index.round(), index)  # some samplers go between those of training
+        tokens = text.tokens_BLD.to(noisy.dtype)
+        if len(text) == len(noisy):
+            tokens = tokens.repeat_interleave(frames, dim=0)
         return denoiser(noisy, index, encoder_hidden_states=tokens, return_dict=False)[0]
 
     def blocks(self, denoiser) -> list[torch.nn.Module]:
         return [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
 
     def published(self, denoiser_config: Mapping[str, Any]) -> str:
-        return "animatediff"
+        return "animatediff_v3"
 
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         """Whole paths: the modules of a base and those of its motion have the same ends."""

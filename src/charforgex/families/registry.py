@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from charforgex.families.base import Family
     from charforgex.lora.names import Spelling
 
-FAMILIES = {"sdxl": "charforgex.families.sdxl:Sdxl", "flux": "charforgex.families.flux:Flux", "sd3": "charforgex.families.sd3:Sd3"}
+FAMILIES = {
+    "sdxl": "charforgex.families.sdxl:Sdxl",
+    "flux": "charforgex.families.flux:Flux",
+    "sd3": "charforgex.families.sd3:Sd3",
+    "animatediff": "charforgex.families.animatediff:AnimateDiff",
+}
 
-SPELLED = {"sd15": "charforgex.families.spelled:Sd15", "animatediff": "charforgex.families.spelled:AnimateDiff"}  # their LoRA files alone
+SPELLED = {"sd15": "charforgex.families.spelled:Sd15"}  # their LoRA files alone
 
 
 def check(name: str) -> None:
@@ -32,6 +37,12 @@ def get(name: str) -> Family:
     check(name)
     module, _, cls = FAMILIES[name].partition(":")
     return getattr(import_module(module), cls)()
+
+
+def refuse_clips(family: Family, doing: str, way_out: str) -> None:
+    """Raises ConfigError where a family of clips is asked for what is done with pictures: "training on a character"."""
+    if family.is_video:
+        raise ConfigError(f"family={family.name} makes clips, and {doing} is for families that make pictures; {way_out}")
 
 
 def spelling(name: str) -> Spelling:

@@ -28,6 +28,9 @@ class Recipe:
     sampling_steps: Positive
     guidance: Annotated[float, Range(at_least=0)]
     true_guidance: Annotated[float, Range(at_least=1)]
+    frames: Positive | None = None  # of a clip, of families of clips; so are the two below
+    fps: Annotated[float, Range(above=0)] | None = None
+    spatial_lr: Annotated[float, Range(above=0)] | None = None  # of the adapter that learns from single frames; `lr` is the motion's
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class AnimateDiff(Sd15):
     name = "animatediff"
     # ComfyUI-AnimateDiff-Evolved and sd-webui-animatediff read AnimateDiff's own names of them and no others
     lora_unread: ClassVar = dict.fromkeys(("kohya", "comfyui"), ".motion_modules.")
+    lora_labels: ClassVar = {  # none of Sd15's: a LoRA of that is no motion LoRA
+        "modelspec.architecture": "animatediff/lora",
+        "modelspec.implementation": "https://github.com/guoyww/AnimateDiff",
+    }
     components: ClassVar = {**Sd15.components, "denoiser": {"unet": "diffusers.UNetMotionModel"}}
     original: ClassVar = {**Sd15.original, "unet": [Spelling(motion, ("model.diffusion_model.", ""))]}
 

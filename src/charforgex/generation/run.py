@@ -48,10 +48,12 @@ def generate(cfg: Any) -> dict[str, Any]:
     templates = read_prompts(settings.prompt, settings.prompt_file)
     _check_out(settings)
 
+    from charforgex.families.registry import refuse_clips
     from charforgex.generation.sampling import check_sampling
     from charforgex.generation.stack import read_stack
 
     stack = read_stack(settings)
+    refuse_clips(stack.family, "mode=picture", "choose another family, or say mode=video.")
     settings = settings.filled(stack.recipe)
     scheduler = check_sampling(stack.family, stack.bare, settings, settings.guidance_rescale)
     trigger = _trigger(settings, stack, templates)

@@ -89,6 +89,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
+    registry.refuse_clips(family, "a character's training", "say experiment=animatediff_motion to train motion.")
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
