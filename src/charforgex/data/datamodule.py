@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from charforgex.binding import Range
 from charforgex.curation.manifest import MIN_TRAIN, Problem, Record, decode_picture, open_manifest, read_bytes, read_picture, some
@@ -29,17 +27,17 @@ from charforgex.data import captions
 from charforgex.data.buckets import FILTER, Cut
 from charforgex.data.cache import Cache, Entry, key_of
 from charforgex.data.dataset import Drawn, Item, Order, arrange, group
+from charforgex.data.prepared import LoadParts, PreparedData, geometry
 from charforgex.data.regularisation import Mixture, Regularisation
-from charforgex.draws import python_rng, seed_of
+from charforgex.draws import seed_of
 from charforgex.errors import ConfigError, DataError
-from charforgex.types import Batch, Components, Crop, Prior, Text
+from charforgex.types import Batch, Components, Prior
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from charforgex.families.base import Family
 
-LoadParts = Callable[[Sequence[str]], Components]
 FEW = 10  # below that an identity is learnt badly; 20 to 30 are good
 
 
@@ -48,7 +46,7 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-class CharacterData:
+class CharacterData(PreparedData):
     """One character's dataset. Attributes for reports: `problems` (files not used, and why), `notes` (what else to know)."""
 
     def __init__(
@@ -127,7 +125,6 @@ class CharacterData:
             )
             for record in (*self.train, *self.regular)
         }  # fmt: skip
-        self._prepared = False
 
     # ---- checks before anything is loaded ----
 
@@ -202,25 +199,26 @@ class CharacterData:
 
         self._prepared = True
         made = {"mask": self._prepare_masks()}
-        made["latent"] = self._prepare_latents(family, load_parts, progress)
-        made["text"] = self._prepare_texts(family, load_parts, prompts, progress)
+        made["latent"] = self._prepare_latents(family, load_parts, "Encoding pictures", progress)
+        made["text"] = self._prepare_texts(family, load_parts, [*prompts, *self._captions()], progress)
         return made
 
-    def _cuts(self) -> list[tuple[Record, Cut]]:
-        cuts = [(item.record, item.cut) for item in [*self.items, *self.val_items]]
-        return cuts + [(item.record, item.cut.mirrored()) for item in self.items] if self.flip else cuts
+    def _captions(self) -> list[str]:
+        """All that training may say."""
+        texts = ["", *(record.captions[0] for record in self.val), *(text for found in self.texts.values() for text in found)]
+        if self.class_word is not None:
+            texts += [self._class_text(text) for record in self.train for text in self.texts[record.sha256]]
+        return texts
 
-    def _latent_key(self, record: Record, cut: Cut) -> str:
-        geometry = {"resized": cut.resized, "crop": [cut.top, cut.left, *cut.size], "flip": cut.flip, "filter": FILTER}
-        colours = list(self.background)
-        return key_of("latent", picture=record.sha256, background=colours, weights=self._weights["vae"], **geometry, **self._base)
+    def _latent_key(self, item: Item, cut: Cut) -> str:
+        picture = {"picture": item.record.sha256, "background": list(self.background), "filter": FILTER}
+        return key_of("latent", weights=self._weights["vae"], **picture, **geometry(cut), **self._base)
 
-    def _text_key(self, text: str) -> str:
-        return key_of("text", text=text, weights=self._weights["text"], **self._base)
+    def _grid(self, item: Item, cut: Cut) -> tuple[int, ...]:
+        return tuple(side // self._stride for side in cut.size)
 
     def _mask_key(self, record: Record, cut: Cut) -> str:
-        geometry = {"resized": cut.resized, "crop": [cut.top, cut.left, *cut.size], "flip": cut.flip}
-        return key_of("mask", mask=record.mask_sha256, stride=self._stride, **geometry)
+        return key_of("mask", mask=record.mask_sha256, stride=self._stride, **geometry(cut))
 
     def _file(self, relative: str, sha256: str) -> bytes:
         """A file's content, which must be what the manifest says: an entry filed under another picture's hash would be stale for ever."""
@@ -245,62 +243,21 @@ class CharacterData:
             raise DataError(f"{path} is {size} pixels, but the manifest says {record.width} x {record.height}; make the manifest anew.")
         return image
 
-    def _prepare_latents(self, family: Family, load_parts: LoadParts, progress: bool) -> int:
-        wanted = {self._latent_key(record, cut): (record, cut) for record, cut in self._cuts()}
-        missing: dict[Record, list[tuple[str, Cut]]] = {}
-        for key, (record, cut) in wanted.items():
-            grid = tuple(side // self._stride for side in cut.size)
-            entry = self.cache.find(key)
-            if entry is None or not _is_posterior(entry, grid):
-                missing.setdefault(record, []).append((key, cut))
-        if not missing:
-            return 0
-        parts = load_parts(["vae"])
-
-        def encode(record: Record, cuts: list[tuple[str, Cut]]) -> list[tuple[str, Entry]]:
-            image = self._picture(record.path, record.sha256, record, self.background)
-            entries = []
-            for key, cut in cuts:
-                mean, std = family.encode_pixels(parts, to_pixels(cut.picture(image)))
-                assert tuple(mean.shape[-2:]) == tuple(side // self._stride for side in cut.size)
-                entries.append((key, {"mean": mean[0].float(), "std": std[0].float()}))
-            return entries
-
-        jobs = [lambda record=record, cuts=cuts: encode(record, cuts) for record, cuts in missing.items()]
-        return self._fill(jobs, "Encoding pictures", progress)
-
-    def _prepare_texts(self, family: Family, load_parts: LoadParts, prompts: Sequence[str], progress: bool) -> int:
-        texts = ["", *prompts, *(record.captions[0] for record in self.val)]
-        texts += [text for found in self.texts.values() for text in found]
-        if self.class_word is not None:
-            texts += [self._class_text(text) for record in self.train for text in self.texts[record.sha256]]
-        wanted = {self._text_key(text): text for text in texts}
-        missing = {}
-        for key, text in wanted.items():
-            entry = self.cache.find(key)
-            if entry is None or "tokens" not in entry:
-                missing[key] = text
-        if not missing:
-            return 0
-        parts = load_parts(["text"])
-
-        def encode(key: str, text: str) -> list[tuple[str, Entry]]:
-            encoded = family.encode_text(parts, [text])
-            entry = {"tokens": encoded.tokens_BLD[0]}
-            if encoded.pooled_BD is not None:
-                entry["pooled"] = encoded.pooled_BD[0]
-            return [(key, entry)]
-
-        jobs = [lambda key=key, text=text: encode(key, text) for key, text in missing.items()]
-        return self._fill(jobs, "Encoding captions", progress)
+    def _encode(self, family: Family, parts: Components, wanted: list[tuple[str, Item, Cut]]) -> Iterator[tuple[str, Entry]]:
+        record = wanted[0][1].record
+        image = self._picture(record.path, record.sha256, record, self.background)
+        for key, item, cut in wanted:
+            mean, std = family.encode_pixels(parts, to_pixels(cut.picture(image)))
+            assert tuple(mean.shape[-2:]) == self._grid(item, cut)
+            yield key, {"mean": mean[0].float(), "std": std[0].float()}
 
     def _prepare_masks(self) -> int:
         if self.subject_weight == 1:
             return 0
         missing: dict[Record, list[Cut]] = {}
-        for record, cut in self._cuts():
-            if record.mask and self.cache.find(self._mask_key(record, cut)) is None:
-                missing.setdefault(record, []).append(cut)
+        for item, cut in self._cuts():
+            if item.record.mask and self.cache.find(self._mask_key(item.record, cut)) is None:
+                missing.setdefault(item.record, []).append(cut)
         for record, cuts in missing.items():
             image = self._picture(record.mask, record.mask_sha256, record, (0, 0, 0))
             for cut in cuts:
@@ -308,52 +265,23 @@ class CharacterData:
                 self.cache.write(self._mask_key(record, cut), {"mask": grid})
         return sum(map(len, missing.values()))
 
-    def _fill(self, jobs: list[Callable[[], list[tuple[str, Entry]]]], title: str, progress: bool) -> int:
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        written = 0
-        for number, job in enumerate(track(jobs, title, console=console, disable=not (progress and console.is_terminal))):
-            entries = job()
-            if number == 0:
-                self.cache.check_space(len(jobs) * sum(tensor.nbytes for _, entry in entries for tensor in entry.values()))
-            for key, entry in entries:
-                self.cache.write(key, entry)
-            written += len(entries)
-        return written
-
     # ---- batches ----
 
     def _row(self, drawn: Drawn) -> dict:
-        """One place of a batch, as `_collate` takes it."""
         item, cut = drawn.item, drawn.cut
-        row = {"entry": self.cache.read(self._latent_key(item.record, cut)), "cut": cut, "key": item.record.sha256, "caption": drawn.text}
+        row = super()._row(drawn)
         if self.subject_weight != 1:
-            grid = (1, *(side // self._stride for side in cut.size))
-            mask = self.cache.read(self._mask_key(item.record, cut))["mask"] if item.record.mask else torch.zeros(grid)
+            mask = self.cache.read(self._mask_key(item.record, cut))["mask"] if item.record.mask else torch.zeros(1, *self._grid(item, cut))
             row["mask"] = 1 + (self.subject_weight - 1) * mask
         if item.regular:
             row["weight"] = self.regularisation.weight
         return row
 
-    def _collate(self, rows: list[dict], class_captions: Sequence[str] | None = None) -> Batch:
-        """A batch of rows that are all the character's or all regular; with captions of its class, for prior preservation."""
-        cuts = [row["cut"] for row in rows]
-        sizes = [torch.tensor([pair for pair in pairs], dtype=torch.float32) for pairs in (
-            [cut.original for cut in cuts], [cut.top_left for cut in cuts], [cut.size for cut in cuts])]  # fmt: skip
-        said = tuple(row["caption"] for row in rows)
-        return Batch(
-            mean_BChw=torch.stack([row["entry"]["mean"] for row in rows]),
-            std_BChw=torch.stack([row["entry"]["std"] for row in rows]),
-            text=self.encoded(said),
-            crop=Crop(*sizes),
-            mask_B1hw=torch.stack([row["mask"] for row in rows]) if "mask" in rows[0] else None,
-            keys=tuple(row["key"] for row in rows),
-            captions=said,
-            weight_B=torch.tensor([row["weight"] for row in rows]) if "weight" in rows[0] else None,
-            prior=None if class_captions is None else self._prior(tuple(class_captions)),
-        )
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        batch = super().batch(step, rank, world)
+        if self.class_word is None or batch.weight_B is not None:  # what has a weight is not the character's
+            return batch
+        return replace(batch, prior=self._prior(tuple(self._class_text(one.caption) for one in self._draw(step * world + rank))))
 
     def _prior(self, texts: tuple[str, ...]) -> Prior:
         encoded = self.encoded(texts)
@@ -362,58 +290,7 @@ class CharacterData:
     def _class_text(self, text: str) -> str:
         return captions.without_trigger(text, self.trigger, self.class_word)
 
-    def _draw(self, number: int) -> list[Drawn]:
-        """What batch `number` holds."""
-        assert self._prepared, "prepare() comes first"
-        drawn = []
-        for place, index in enumerate(self._order.batch(number)):
-            item = self.items[index]
-            rng = python_rng(self.seed, "sample", number, place)
-            mirrored, dropped = rng.random() < 0.5, rng.random() < self.caption_dropout
-            caption = rng.choice(self.texts[item.record.sha256])
-            drawn.append(Drawn(item, item.cut.mirrored() if self.flip and mirrored else item.cut, caption, dropped))
-        return drawn
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The batch of a step on one of `world` processes: a function of settings, seed, step and rank. Raises DataError if the
-        cache has lost what it needs."""
-        drawn = self._draw(step * world + rank)
-        held = self.class_word is not None and not drawn[0].item.regular
-        return self._collate([self._row(one) for one in drawn], [self._class_text(one.caption) for one in drawn] if held else None)
-
-    def text(self, text: str) -> Text:
-        """An encoded caption or prompt, batch size 1. Only what `prepare` was given or met can be had."""
-        entry = self.cache.read(self._text_key(text))
-        return Text(entry["tokens"][None], entry["pooled"][None] if "pooled" in entry else None)
-
-    def encoded(self, texts: Sequence[str]) -> Text:
-        """`text` of several, as one."""
-        return Text.stack([self.text(text) for text in texts])
-
-    def train_dataloader(self, first_step: int, steps: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """`steps` batches from `first_step` on, in order. The same with any number of workers."""
-        return DataLoader(
-            _Steps(self, first_step, steps, rank, world), batch_size=None, num_workers=self.num_workers,
-            collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_trainer,
-        )  # fmt: skip
-
-    def validation(self) -> list[Batch]:
-        """The held-out pictures in a fixed order, first captions, no dropout, no mirroring. Batches of one bucket."""
-        assert self._prepared, "prepare() comes first"
-        buckets: dict[tuple[int, int], list[Item]] = {}
-        for item in self.val_items:
-            buckets.setdefault(item.cut.size, []).append(item)
-        batches = []
-        for _, items in sorted(buckets.items()):
-            rows = [self._row(Drawn(item, item.cut, item.record.captions[0], dropped=False)) for item in items]
-            batches += [self._collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-        return batches
-
     # ---- what reports and evaluation ask for ----
-
-    def paths(self, split: str) -> list[Path]:
-        """The picture files of "train" or "val"."""
-        return [self.manifest.file(record.path) for record in self.manifest.of(split)]
 
     def references(self) -> list[Image.Image]:
         """The held-out pictures, whole and upright, for identity scores."""
@@ -427,44 +304,8 @@ class CharacterData:
             return own
         return hashlib.sha256(f"{own}/{self._regular_manifest.content_hash()}".encode()).hexdigest()
 
-    def tag_frequency(self) -> dict[str, int]:
-        return captions.tag_frequency(self.train, self.tag_separator)
-
-    def final_prompts(self, count: int) -> list[str]:
-        """The captions of the first `count` training samples, as they go to the encoder; "" where one is dropped."""
-        return [drawn.text for number in range(count) for drawn in self._draw(number)][:count]
-
     def epoch_steps(self, world: int = 1) -> int:
         """Steps in which every picture of the character is seen once, rounded up."""
         assert self._prepared, "prepare() comes first"
         share = 1 - self.regularisation.share if self.regular else 1
         return math.ceil(self._own.cycle_length / (self.batch_size * world * share))
-
-
-def _is_posterior(entry: Entry, grid: tuple[int, int]) -> bool:
-    return {"mean", "std"} == set(entry) and all(tensor.ndim == 3 and tuple(tensor.shape[1:]) == grid for tensor in entry.values())
-
-
-class _Steps(Dataset):
-    """The batches of a stretch of steps, by their place in it."""
-
-    def __init__(self, data: CharacterData, first: int, steps: int, rank: int, world: int):
-        self.data, self.first, self.steps, self.rank, self.world = data, first, steps, rank, world
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, place: int) -> Batch:
-        if not 0 <= place < self.steps:
-            raise IndexError(place)
-        return self.data.batch(self.first + place, self.rank, self.world)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a group's SIGTERM reach workers too; they must go on so that the trainer can save at the next step boundary."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,12 +15,18 @@ from charforgex.draws import python_rng
 
 @dataclass(frozen=True)
 class Item:
-    """One picture at one size. `repeats` says how often it comes in an epoch; `regular` that it is not the character's."""
+    """One picture or clip at one size. `repeats` says how often it comes in an epoch; `regular` that it is not the character's."""
 
     record: Record
     cut: Cut
     repeats: int = 1
     regular: bool = False
+    frames: tuple[int, ...] = ()  # of a clip: which frames of its video, counted from 0
+
+    @property
+    def key(self) -> str:
+        """What it is: its file's content hash, and the first frame of a clip."""
+        return f"{self.record.sha256}@{self.frames[0]}" if self.frames else self.record.sha256
 
 
 class Drawn(NamedTuple):
