@@ -84,7 +84,7 @@ def sample_latents(
             on_step(done, total)
         return {}
 
-    with _evaluating(parts.networks().values()):
+    with evaluating(parts.networks().values()):
         for start in starts:
             rows = slice(start, start + batch_size)
             batch = family.pack(noise[rows]).to(denoiser.device, denoiser.dtype)
@@ -158,7 +158,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(networks) -> Iterator[None]:
+def evaluating(networks) -> Iterator[None]:
     """Eval mode without dropout, and afterwards each module's own mode again."""
     training = [module for network in networks for module in network.modules() if module.training]
     for module in training:
