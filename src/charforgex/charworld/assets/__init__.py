@@ -44,6 +44,19 @@ def load_detector(root: Path = ROOT):
     return detector.eval().requires_grad_(False)
 
 
+def load_pose_reader(root: Path = ROOT):
+    """The frozen `PoseReader`, float32."""
+    from safetensors.torch import load_file
+
+    from charforgex.charworld.poses import PoseReader
+
+    reader = PoseReader()
+    weights = {name: tensor.float() for name, tensor in load_file(root / "pose/model.safetensors").items()}
+    counters = {name: t for name, t in reader.state_dict().items() if name.endswith("num_batches_tracked")}  # of no use in eval mode
+    reader.load_state_dict(weights | counters)
+    return reader.eval().requires_grad_(False)
+
+
 def load_clip():
     """The frozen `CLIPModel`, float32, and its tokenizer."""
     import torch
