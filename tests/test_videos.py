@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from charforgex.errors import CharForgeError, ConfigError, DataError
-from charforgex.videos import Output, check_output, clock, frames, writing
+from charforgex.videos import Output, check_output, clock, comment_of, frames, writing
 
 av = pytest.importorskip("av")
 RATE = Fraction(30000, 1001)
@@ -215,3 +215,51 @@ def test_memory_does_not_grow_with_length(tmp_path):
 
     before = peak(150)
     assert peak(450) - before < 60  # MiB; 300 frames more are 119
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.gif", "a.apng", "frames"])
+def test_every_format_says_what_it_is(tmp_path, name):
+    said = json.dumps({"prompt": "a café, <lora:x:1> \\ 'quoted'\n" * 30})
+    path = make(tmp_path / name, range(3), comment=said)
+    assert comment_of(path) == said
+    assert comment_of(make(tmp_path / f"silent-{name}", range(2))) is None
+    if name == "frames":
+        assert comment_of(path / "000002.png") == said
+
+
+def test_a_gif_has_one_palette_and_does_not_flicker(tmp_path):
+    """A still half beside a moving one: its pixels are the same in all frames, and near what they were."""
+    from PIL import Image
+
+    still = cv2.resize(picture(1), (64, 64), interpolation=cv2.INTER_CUBIC)
+    made = [np.concatenate([still, np.roll(cv2.resize(picture(2), (64, 64)), 5 * number, 1)], 1) for number in range(5)]
+    with writing(Output(tmp_path / "a.gif", Fraction(8), 8)) as out:
+        for number, pixels in enumerate(made):
+            out.write(pixels, Fraction(number, 8), Fraction(1, 8))
+    with Image.open(tmp_path / "a.gif") as moving:
+        shown, waits = [], []
+        for number in range(moving.n_frames):
+            moving.seek(number)
+            waits.append(moving.info["duration"])
+            shown.append(np.asarray(moving.convert("RGB")).astype(int))
+    assert len(shown) == 5 and sum(waits[:4]) == 500
+    assert all((frame[:, :64] == shown[0][:, :64]).all() for frame in shown)
+    assert len(np.unique(np.concatenate(shown).reshape(-1, 3), axis=0)) <= 256
+    assert max(np.abs(frame - pixels).mean() for frame, pixels in zip(shown, made, strict=True)) < 6
+
+
+def test_few_colours_are_kept_as_they_are(tmp_path):
+    from charforgex.gifs import MOST_SAMPLES, Palette, Spool
+
+    flat = np.zeros((16, 16, 3), np.uint8)
+    flat[4:12, 4:12] = (200, 40, 90)
+    spool = Spool()
+    for number in range(2 * MOST_SAMPLES + 3):
+        spool.add(flat, Fraction(number), Fraction(1))
+    assert len(spool.samples) <= MOST_SAMPLES and spool.step == 4
+    assert all((pixels == flat).all() for pixels, _, _ in spool.frames())
+    spool.close()
+    palette = Palette(flat)
+    places = palette.frame(flat).to_ndarray()
+    shown = palette.colours[places[0] if isinstance(places, tuple) else places]
+    assert (shown == flat).all()

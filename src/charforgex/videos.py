@@ -10,6 +10,8 @@ import json
 import os
 import secrets
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from charforgex.errors import ConfigError, DataError
+from charforgex.gifs import Spool
 from charforgex.runs import TEMPORARY, fsync_folder, replace_atomic
 
 if TYPE_CHECKING:
@@ -207,8 +210,8 @@ def _said(error: Exception) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
-def upright(frame: av.VideoFrame, aspect: float) -> Image.Image:
-    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix."""
+def upright(frame: av.VideoFrame, aspect: float, longest: int | None = None) -> Image.Image:
+    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix. At most `longest` pixels a side."""
     from av.video.reformatter import Colorspace, Interpolation
     from PIL import Image
 
@@ -216,19 +219,20 @@ def upright(frame: av.VideoFrame, aspect: float) -> Image.Image:
     unsaid = int(frame.colorspace) == 2
     source = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unsaid else None
     how = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-    pixels = frame.reformat(format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
+    size = (round(frame.width * max(1.0, aspect)), round(frame.height / min(1.0, aspect)))
+    stored = (frame.width, frame.height)
+    if longest is not None and max(size) > longest:
+        size = stored = tuple(max(1, round(side * longest / max(size))) for side in size)
+    pixels = frame.reformat(*stored, format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
     picture = Image.fromarray(pixels)
-    if aspect != 1:
-        size = (frame.width * max(1.0, aspect), frame.height / min(1.0, aspect))
-        picture = picture.resize((round(size[0]), round(size[1])), Image.Resampling.BICUBIC)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
     turn = _turn(frame)
     return picture.transpose(turn) if turn is not None else picture
 
 
 def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
     """How to turn the stored picture by FFmpeg's display matrix (libavutil/display.h): a point (x, y) goes to (ax + cy, bx + dy)."""
-    import struct
-
     from PIL.Image import Transpose
 
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -255,7 +259,7 @@ class Output:
     """`clock` ticks a second: every frame's time is a multiple of 1 / clock, as far as the format allows (GIF 1/100, Matroska 1/1000).
 
     `rate` is what players are told, frames a second. `sound` is a video whose sound is taken over as it is, in sync: its times count from
-    that video's first frame. `comment` goes into the file; GIF and APNG have no place for it.
+    that video's first frame. `comment` goes into the file, and `comment_of` reads it.
     """
 
     path: Path
@@ -352,6 +356,9 @@ class Writer:
         if self.codec == "h265" and suffix != ".mkv":
             self.stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
         self.began = False
+        self.spool = Spool() if suffix == ".gif" else None
+        if self.spool is not None:
+            self.stack.callback(self.spool.close)
         if self.output.sound is not None:
             self._open_sound(self.output.sound)
 
@@ -385,12 +392,15 @@ class Writer:
             height, width = pixels.shape[:2]
             self.stream.width, self.stream.height = (width + width % 2, height + height % 2) if self.pads else (width, height)
             self.began = True
-        if self.stream.pix_fmt == "pal8":
-            frame = paletted(pixels)
-        else:
-            frame = self._yuv(pixels) if self.pads else av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        if self.spool is not None:
+            self.spool.add(pixels, time, lasts)
+            return
+        frame = self._yuv(pixels) if self.pads else av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         if self.stream.pix_fmt == "bgr0":
             frame = frame.reformat(format="bgr0")
+        self._timed(frame, time, lasts)
+
+    def _timed(self, frame: av.VideoFrame, time: Fraction, lasts: Fraction) -> None:
         frame.pts, frame.time_base = round(time * self.clock), Fraction(1, self.clock)
         frame.duration = max(1, round((time + lasts) * self.clock) - frame.pts)
         self.lengths[frame.pts] = frame.duration
@@ -430,37 +440,64 @@ class Writer:
 
     def finish(self) -> None:
         assert self.began, "a video has at least one frame"
+        if self.spool is not None:
+            palette = self.spool.palette()
+            for pixels, time, lasts in self.spool.frames():
+                self._timed(palette.frame(pixels), time, lasts)
         self._encode(None)
         self._mux_sound(inf)
         self.container.close()
+        if self.output.comment and self.codec is None:
+            add_comment(self.temporary, self.output.comment)
 
 
-def paletted(pixels: np.ndarray) -> av.VideoFrame:
-    """256 colours of its own, the median cut's."""
-    import av
-    import numpy as np
+def add_comment(path: Path, comment: str) -> None:
+    """Into a GIF or APNG that is finished: their muxers have no way to."""
+    data, text = path.read_bytes(), comment.encode()
+    if path.suffix.lower() == ".gif":
+        place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # after the header and its table of colours
+        pieces = [text[start : start + 255] for start in range(0, len(text), 255)]
+        block = b"\x21\xfe" + b"".join(bytes([len(piece)]) + piece for piece in pieces) + b"\x00"
+    else:
+        place = 33  # after the signature and IHDR
+        body = b"iTXt" + b"comment\x00\x00\x00\x00\x00" + text
+        block = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    path.write_bytes(data[:place] + block + data[place:])
+
+
+def comment_of(path: Path) -> str | None:
+    """What a file or a folder of frames that was written here says of itself. Raises DataError for what is none of them."""
     from PIL import Image
 
-    picture = Image.fromarray(pixels).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
-    colours = np.full((256, 4), 255, np.uint8)
-    table = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    colours[: len(table), 1:] = table  # alpha first
-    return av.VideoFrame.from_ndarray((np.asarray(picture), colours), format="pal8")
+    if path.is_dir():
+        told = path / "frames.json"
+        return (json.loads(told.read_text()).get("comment") if told.is_file() else None) or None
+    if path.suffix.lower() in (".gif", ".apng", ".png"):
+        with Image.open(path) as picture:
+            said = picture.info.get("comment")
+        return said.decode() if isinstance(said, bytes) else said
+    with opened(path) as container:
+        return next((value for name, value in container.metadata.items() if name.lower() == "comment"), None)
 
 
 @dataclass
 class Folder:
-    """Frames as PNG, 000001.png and so on; frames.json has their times in seconds and the comment."""
+    """Frames as PNG, 000001.png and so on, with the comment; frames.json has it, too, and their times in seconds."""
 
     folder: Path
+    comment: str = ""
     times: list[float] = field(default_factory=list)
 
     def write(self, pixels: np.ndarray, time: Fraction, lasts: Fraction) -> None:
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         self.times.append(float(time))
+        info = PngInfo()
+        if self.comment:
+            info.add_itxt("comment", self.comment)
         with (self.folder / f"{len(self.times):06d}.png").open("wb") as file:
-            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+            Image.fromarray(pixels).save(file, "PNG", compress_level=1, pnginfo=info)
             file.flush()
             os.fsync(file.fileno())
 
@@ -474,7 +511,7 @@ def _folder(output: Output) -> Iterator[Folder]:
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     temporary.mkdir()
     try:
-        folder = Folder(temporary)
+        folder = Folder(temporary, output.comment)
         yield folder
         told = {"comment": output.comment, "rate": float(output.rate), "times": folder.times}
         (temporary / "frames.json").write_text(json.dumps(told) + "\n")
