@@ -147,6 +147,6 @@ def jumbled(rng: random.Random, setting: Context) -> Context:
     room = 0.5 * (1 - 1 / zoom)  # beyond which the camera sees nothing
     return replace(
         setting, yaw=moved(setting.yaw, -1, 1), nod=moved(0, -1.2, 1.2), tilt=moved(setting.tilt, -18, 18),
-        dx=moved(setting.dx, -0.16, 0.16), dy=moved(setting.dy, -0.16, 0.06), blink=moved(0, 0, 1, 0.4), talk=moved(0, 0, 1, 0.4),
-        wave=moved(0, 0.02, 1, 0.3), zoom=zoom, pan=moved(0, -room, room), roll=moved(0, -16, 16) if zoom > 1.25 else 0.0,
+        dx=moved(setting.dx, -0.16, 0.16), dy=moved(setting.dy, -0.16, 0.06), blink=moved(0, 0, 1), talk=moved(0, 0, 1),
+        wave=moved(0, 0.02, 1, 0.5), zoom=zoom, pan=moved(0, -room, room), roll=moved(0, -16, 16) if zoom > 1.25 else 0.0,
     )  # fmt: skip
