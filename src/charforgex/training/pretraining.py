@@ -1,7 +1,7 @@
 """`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
-that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), captioner (with the
+that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of poses), captioner (with the
 embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable
 at any instant, logged, with its checkpoints.
 """
@@ -25,6 +25,7 @@ from charforgex import runs
 from charforgex.charworld import models
 from charforgex.charworld.assets import ROOT, SCHEDULERS
 from charforgex.charworld.crowds import Cast
+from charforgex.charworld.poses import Moments
 from charforgex.config import bind
 from charforgex.data.rendered import RenderedBank
 from charforgex.draws import python_rng
@@ -41,13 +42,14 @@ from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
 from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
+from charforgex.training.posing import PoseModule
 from charforgex.training.run import Clock, Settings
 from charforgex.training.settings import Positive
 from charforgex.types import Components
 
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
-EMBEDDED = {"judge": "judge", "faces": "detector", "captioner": "captioner"}  # stages that train no part of a base: their folders
+EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "captioner": "captioner"}  # stages that train no part of a base: their folders
 
 
 def folders(stage: str, family: str) -> list[str]:
@@ -65,7 +67,7 @@ def folders(stage: str, family: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "captioner"]
+    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "pose", "captioner"]
     family: Literal["sdxl", "flux", "sd3"] = "sdxl"
     out: Path | None = None
     start: str | None = None
@@ -172,6 +174,8 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
 
 def make_banks(options: PretrainSettings, cache: Path):
     """What a stage learns on, and what it is measured on."""
+    if options.stage == "pose":
+        return Moments(options.pictures, seed=1), Moments(800, seed=2, held_out=True)
     if options.stage == "faces":
         return Cast(options.pictures, seed=1), Cast(400, seed=2, held_out=True)
     variants = VARIANTS if options.stage == "judge" else 1
@@ -215,6 +219,12 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
             from charforgex.training.captioning import CaptionModule
 
             module = CaptionModule(start, **common)
+        case "pose":
+            module = PoseModule(**common)
+            if start is not None:
+                from charforgex.charworld.assets import load_pose_reader
+
+                module.network.load_state_dict(load_pose_reader(start).state_dict())
         case "faces":
             module = FacesModule(**common)
             if start is not None:
@@ -265,7 +275,7 @@ def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path)
         case "base" | "guidance":
             _save(module.denoiser, out / folders("base", options.family)[0])
             write_index(out / options.family)
-        case "judge" | "faces":
+        case "judge" | "faces" | "pose":
             folder = out / EMBEDDED[options.stage]
             folder.mkdir(parents=True, exist_ok=True)
             weights = {n: t.half().contiguous() for n, t in module.network.state_dict().items() if t.is_floating_point()}
