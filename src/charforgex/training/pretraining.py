@@ -1,8 +1,8 @@
 """`python train.py experiment=charworld_pretrain pretrain.family=<family> pretrain.stage=<stage>`: how the embedded models came to be.
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
-that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of poses), captioner (with the
-embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable
+that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of
+poses), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable
 at any instant, logged, with its checkpoints.
 """
 
@@ -49,7 +49,8 @@ from charforgex.types import Components
 
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
 VARIANTS = 12  # pictures of each character in the judge's bank
-EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "captioner": "captioner"}  # stages that train no part of a base: their folders
+# stages that train no part of a base: their folders
+EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "captioner": "captioner"}
 
 
 def folders(stage: str, family: str) -> list[str]:
