@@ -2,8 +2,8 @@
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
 that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of
-poses), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop that trains LoRAs: resumable
-at any instant, logged, with its checkpoints.
+poses), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop
+that trains LoRAs: resumable at any instant, logged, with its checkpoints.
 """
 
 from __future__ import annotations
