@@ -49,3 +49,5 @@ ROWS = [
         beta_schedule="linear", single_file=layouts.MOTION,
     ),
 ]  # fmt: skip
+
+PICTURES = [row for row in ROWS if not row.family.is_video]  # for what is done with pictures alone

@@ -19,7 +19,7 @@ from charforgex.families.tokens import (
     save_tokens,
     usual_length,
 )
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 
 ROWS_2 = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +53,7 @@ def test_a_word_is_read_as_its_tokens_and_parts_of_words_are_not():
     assert len(Sdxl().tiny()["tokenizer"]) == first  # others' tokenizers stay as they were
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_text_without_the_word_stays_and_text_with_it_changes(row):
     base, parts = row.family.tiny(), with_tokens(row.family)
     one, two = (row.family.encode_text(p, ["a woman", "a zkx woman"]) for p in (base, parts))

@@ -13,7 +13,7 @@ from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter
 from charforgex.lora.metadata import build
 from charforgex.lora.state import Lora
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 from tests.families.test_contract import batch_of, predict
 
 KINDS = {"dora": {}, "loha": {}, "lokr": {"factor": 4}}
@@ -30,7 +30,7 @@ def trained(row, kind, targets="attention"):
     return parts
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_hold_what_was_trained_and_are_read_back_bit_for_bit(row, kind, tmp_path):
     parts = trained(row, kind, "attention" if row.family.name == "sdxl" else "all")
@@ -51,7 +51,7 @@ def test_files_hold_what_was_trained_and_are_read_back_bit_for_bit(row, kind, tm
         writing.to_tensors(lora, "comfyui", row.family, parts.denoiser.config, torch.float16)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 @torch.no_grad()
 def test_diffusers_loads_a_dora_file_and_computes_the_same(row, tmp_path):
     parts = trained(row, "dora", "all")
@@ -71,7 +71,7 @@ def test_diffusers_loads_a_dora_file_and_computes_the_same(row, tmp_path):
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_the_dtype_of_a_dora_file_is_that_of_its_factors(format):
-    row = ROWS[0]
+    row = PICTURES[0]
     parts = trained(row, "dora")
     config = parts.denoiser.config
     tensors = writing.to_tensors(read_adapter(parts.denoiser, "unet"), format, row.family, config, torch.bfloat16)
@@ -81,7 +81,7 @@ def test_the_dtype_of_a_dora_file_is_that_of_its_factors(format):
 
 
 def test_diffusers_cannot_hold_loha_and_lokr(tmp_path):
-    row = ROWS[1]
+    row = PICTURES[1]
     for kind in ("loha", "lokr"):
         parts = trained(row, kind)
         lora = read_adapter(parts.denoiser, "transformer")
@@ -98,7 +98,7 @@ def test_diffusers_cannot_hold_loha_and_lokr(tmp_path):
 
 def test_lycoris_files_of_others(tmp_path):
     """Both sides as products, no alpha; and a whole one with an alpha, which nobody reads then."""
-    row = ROWS[0]
+    row = PICTURES[0]
     parts = row.family.tiny()
     config, module = parts.denoiser.config, "lora_unet_middle_block_1_proj_in"
     out, inner = parts.denoiser.mid_block.attentions[0].proj_in.weight.shape[:2]
@@ -120,7 +120,7 @@ def test_lycoris_files_of_others(tmp_path):
 
 
 def test_metadata_says_the_kind():
-    row = ROWS[1]
+    row = PICTURES[1]
     lora = read_adapter(trained(row, "loha").denoiser, "transformer")
     said = build(lora, row.family, title="x", base="y")
     assert said["ss_network_module"] == "lycoris.kohya" and json.loads(said["ss_network_args"]) == {"algo": "loha"}

@@ -11,7 +11,7 @@ from charforgex.lora.inject import adapter_parameters, inject
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids, resized, uncompiled
 from charforgex.training.losses import Objective
 from charforgex.types import Batch, Crop
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 
 GRIDS = [(8, 8), (4, 8), (12, 4)]  # 16, 8 and 12 tokens of a transformer
 
@@ -61,7 +61,7 @@ def kept_bytes(learner) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_each_checkpointed_block_takes_memory_off_and_leaves_the_gradients(row):
     learner = Learner(row.family, "all")  # a block that nothing is learnt in or before keeps nothing anyway
     losses, gradients = learner.step()
@@ -77,7 +77,7 @@ def test_each_checkpointed_block_takes_memory_off_and_leaves_the_gradients(row):
 
 
 def test_blocks_run_in_the_order_in_which_they_are_listed():
-    for row in ROWS:
+    for row in PICTURES:
         learner, order = Learner(row.family), []
         for number, block in enumerate(learner.blocks):
             block.register_forward_pre_hook(lambda *_, number=number, order=order: order.append(number))

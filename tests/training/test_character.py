@@ -26,7 +26,7 @@ from charforgex.training.character import (
 from charforgex.training.losses import Objective
 from charforgex.training.run import Clock, check, choose_run_dir, run
 from charforgex.types import Batch, Crop
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_folder_with_other_files_is_not_taken_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
 
 
-@pytest.fixture(params=ROWS, ids=str)
+@pytest.fixture(params=PICTURES, ids=str)
 def family(request):
     return request.param.family
 

@@ -17,12 +17,12 @@ from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_sta
 from charforgex.training.losses import Objective
 from charforgex.training.settings import TextEncoderSettings
 from charforgex.types import Batch, Components, Crop, Prior
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 
 CAPTIONS = ["a photo of a zkx woman", ""]
 
 
-@pytest.fixture(params=ROWS, ids=str)
+@pytest.fixture(params=PICTURES, ids=str)
 def family(request):
     return request.param.family
 
@@ -71,7 +71,7 @@ def test_gradients_reach_every_adapted_layer_and_nothing_else(family):
 
 
 def test_encoders_start_differently():
-    live, _, _, _ = live_of(ROWS[0].family)
+    live, _, _, _ = live_of(PICTURES[0].family)
     parameters = live.parameters()
     name = next(name for name in parameters if name.startswith("text_encoder.") and name.endswith(".down"))
     twin = next(n for n in parameters if n.startswith("text_encoder_2.") and n.endswith(name.partition("encoder.layers")[2]))
@@ -97,7 +97,7 @@ def test_they_alone_lower_the_loss_in_25_steps(family):
 
 
 def test_the_class_is_held_to_what_the_base_says_of_it():
-    family = ROWS[0].family
+    family = PICTURES[0].family
     live, base, cached, _ = live_of(family)
     inject(base.denoiser, family.lora_targets("attention", base.denoiser.config), 2, 2.0)
     move(live.parameters())
@@ -125,7 +125,7 @@ def test_files_give_the_trained_text_back(family, tmp_path, format):
 
 
 def test_without_them_nothing_is_loaded_and_the_cache_speaks():
-    family = ROWS[0].family
+    family = PICTURES[0].family
     live = LiveText(family, load_components(family, "tiny", [], torch.float32))
     assert list(live.parts.modules) == ["scheduler"] and live.parameters() == {}
     text = family.encode_text(family.tiny(), CAPTIONS)
@@ -193,4 +193,4 @@ def test_what_new_tokens_need():
     with pytest.raises(ConfigError, match=r"tokens_lr=0\.1 has no effect with text_encoder\.tokens=0"):
         TextEncoderSettings(tokens_lr=0.1)
     with pytest.raises(ConfigError, match=r"text_encoder\.tokens has no effect.*no CLIP"):
-        learn_tokens(LiveText(ROWS[0].family, Components("a base", "unet")), "zkx", 2, "man")
+        learn_tokens(LiveText(PICTURES[0].family, Components("a base", "unet")), "zkx", 2, "man")

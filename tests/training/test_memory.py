@@ -12,7 +12,7 @@ from charforgex.lora.inject import leaving_casts_to_autocast
 from charforgex.training import character
 from charforgex.training.module import StepModule
 from charforgex.training.run import run
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 from tests.training.test_blocks import Learner, kept_bytes
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
@@ -51,7 +51,7 @@ def seen(monkeypatch):
     return groups, encoders, alive
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_no_encoder_is_in_memory_while_it_trains_and_a_second_run_loads_none(row, seen, tmp_path):
     groups, encoders, alive = seen
     settings = [
@@ -69,7 +69,7 @@ def test_no_encoder_is_in_memory_while_it_trains_and_a_second_run_loads_none(row
     assert alive == [[], [], [], []]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_an_adapter_of_a_bfloat16_base_keeps_no_copy_of_its_inputs(row):
     learner = Learner(row.family, dtype=torch.bfloat16)
     losses, gradients = learner.step()

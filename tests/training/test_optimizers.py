@@ -100,8 +100,8 @@ def learnt(name, steps):
     module = Fitting(name, steps)
     for _ in range(steps):
         module.losses(None, ()).sum().backward()
-        module.optimizer.step()
-        module.optimizer.zero_grad()
+        module.solvers[""].step()
+        module.solvers[""].zero_grad()
     return module
 
 
@@ -137,7 +137,9 @@ def test_each_optimizer_is_resumed_bit_by_bit(name, tmp_path):
     assert expected["tensors"].keys() == found["tensors"].keys() and len(found["tensors"]) > 3
     assert all(torch.equal(expected["tensors"][key], found["tensors"][key]) for key in found["tensors"])
     assert expected["optimizer"] == found["optimizer"]
-    types = [{key: type(value) for key, value in group.items()} for group in (*whole.optimizer.param_groups, *again.optimizer.param_groups)]
+    types = [
+        {key: type(value) for key, value in group.items()} for group in (*whole.solvers[""].param_groups, *again.solvers[""].param_groups)
+    ]
     assert types[: len(types) // 2] == types[len(types) // 2 :]  # an int that comes back as a tensor computes otherwise
 
 
@@ -147,12 +149,12 @@ def test_a_roll_back_to_the_first_step_forgets_the_optimizers_state(tmp_path):
     start["tensors"] = {key: value.clone() for key, value in module.checkpoint()["tensors"].items()}
     trained("adamw", 3, tmp_path, module=module)
     module.restore(start)
-    assert not module.optimizer.state and module.step == 0
+    assert not module.solvers[""].state and module.step == 0
 
 
 def test_prodigy_finds_the_rate():
     """d grows from 1e-6 by orders of magnitude, and is what a resumed run goes on with (above)."""
-    found = learnt("prodigy", 60).optimizer.param_groups[0]["d"]
+    found = learnt("prodigy", 60).solvers[""].param_groups[0]["d"]
     assert 1e-3 < found < 1
 
 
@@ -160,18 +162,18 @@ def test_schedule_free_is_measured_at_its_average_and_trains_on_where_it_was(tmp
     """x, the average, is between y, where gradients are taken, and beyond z: y = (1 - beta) z + beta x."""
     module = trained("schedule_free", 5, tmp_path)
     before = {name: p.detach().clone() for name, p in module.trainable.items()}
-    z = {name: module.optimizer.state[p]["z"] for name, p in module.trainable.items()}
+    z = {name: module.solvers[""].state[p]["z"] for name, p in module.trainable.items()}
     with module.averaged():
         for name, x in module.trainable.items():
             torch.testing.assert_close(0.1 * z[name] + 0.9 * x.detach(), before[name])
             assert not torch.equal(x, before[name])
     assert all(torch.equal(p, before[name]) for name, p in module.trainable.items())
-    assert module.optimizer.param_groups[0]["train_mode"]
+    assert module.solvers[""].param_groups[0]["train_mode"]
 
 
 def test_adafactor_keeps_rows_and_columns_only(tmp_path):
     module = trained("adafactor", 2, tmp_path)
-    shapes = {key: tuple(value.shape) for key, value in module.optimizer.state[module.down].items() if torch.is_tensor(value)}
+    shapes = {key: tuple(value.shape) for key, value in module.solvers[""].state[module.down].items() if torch.is_tensor(value)}
     assert shapes["exp_avg_sq_row"] == (3,) and shapes["exp_avg_sq_col"] == (8,) and "exp_avg_sq" not in shapes
 
 
@@ -181,7 +183,7 @@ def test_rates_by_name_make_groups_that_move_by_their_own_steps(tmp_path):
     down = module.down.detach().clone()
     trained("adamw", 1, tmp_path, module=module)
     warm = 1 / 3  # of two warm-up steps
-    assert [group["lr"] for group in module.optimizer.param_groups] == pytest.approx([0.05 * warm, 0.8 * warm])
+    assert [group["lr"] for group in module.solvers[""].param_groups] == pytest.approx([0.05 * warm, 0.8 * warm])
     assert module.up.abs().max().item() == pytest.approx(0.8 * warm, rel=1e-4)
     assert (module.down - down).abs().max().item() < 0.05 * warm
 

@@ -8,7 +8,7 @@ import torch
 from charforgex.lora.inject import adapter_parameters, inject, without_adapter
 from charforgex.training.losses import Objective
 from charforgex.types import Batch, Crop, Prior
-from tests.families.rows import ROWS
+from tests.families.rows import PICTURES
 
 
 def setup(family, move=0.0):
@@ -28,7 +28,7 @@ def gradient(parts, losses):
     return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), parameters)])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_the_loss_is_that_without_and_the_weighted_mean_square_of_what_changed_for_the_class(row):
     family = row.family
     parts, batch = setup(family, move=0.3)
@@ -48,7 +48,7 @@ def test_the_loss_is_that_without_and_the_weighted_mean_square_of_what_changed_f
 
 
 def test_weights_of_whole_pictures_multiply_their_losses():
-    family = ROWS[0].family
+    family = PICTURES[0].family
     parts, batch = setup(family)
     batch = replace(batch, prior=None)
     plain, weighed = (
@@ -58,7 +58,7 @@ def test_weights_of_whole_pictures_multiply_their_losses():
     torch.testing.assert_close(weighed, plain * torch.tensor([0.25, 3.0]))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", PICTURES, ids=str)
 def test_the_class_drifts_less_in_25_steps(row):
     def drift(weight):
         family = row.family

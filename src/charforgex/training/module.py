@@ -31,10 +31,16 @@ class NotFinite(Exception):
     """Too many non-finite steps in a row: roll back to the last good checkpoint."""
 
 
+def _told(number: str, solver: str) -> str:
+    """What a solver's number is called in logs: `lr`, or `lr/temporal` where there are several."""
+    return f"{number}/{solver}" if solver else number
+
+
 class StepModule(L.LightningModule):
     """Trains the parameters in `trainable` by whatever `losses` a subclass has.
 
-    make_optimizer(trainable) -> optimizer; learning_rate(step) -> factor on every group's initial rate;
+    make_optimizer(trainable) -> optimizer, or several by name, each for parameters of its own, whose gradients are clipped for themselves;
+    learning_rate(step) -> factor on every group's initial rate;
     make_loader(first_step, rank, world) -> iterable of steps, each a list of micro-batches. `attempt` counts roll-backs and
     gives the steps after one other draws than those that failed.
     """
@@ -53,9 +59,13 @@ class StepModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.trainable, self.seed, self.grad_clip, self.ema_decay = trainable, seed, grad_clip, ema_decay
-        self.optimizer, self.learning_rate = make_optimizer(trainable), learning_rate
-        self.has_average = hasattr(self.optimizer, "eval")  # schedule-free: it trains at one point and is good at another
-        self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
+        made, self.learning_rate = make_optimizer(trainable), learning_rate
+        self.solvers: dict[str, torch.optim.Optimizer] = made if isinstance(made, dict) else {"": made}
+        self.solver_of = {
+            parameter: solver for solver in self.solvers.values() for group in solver.param_groups for parameter in group["params"]
+        }
+        self.has_average = any(hasattr(solver, "eval") for solver in self.solvers.values())  # schedule-free: good elsewhere than it trains
+        self.initial_rates = [group["lr"] for group in self._groups()]
         self.ema = {name: p.detach().clone() for name, p in trainable.items()} if ema_decay else {}
         self.step = 0  # optimizer steps drawn so far, skipped ones included
         self.skipped = 0  # non-finite steps in a row
@@ -67,31 +77,45 @@ class StepModule(L.LightningModule):
         return self.make_loader(self.step, self.trainer.global_rank, self.trainer.world_size)
 
     def configure_optimizers(self):
-        return self.optimizer
+        return list(self.solvers.values())
 
     def losses(self, micro: Any, key: tuple) -> Tensor:
         """Per-example losses (B,) of a micro-batch; everything random in them is a function of `key`."""
         raise NotImplementedError
+
+    def parts(self, micro: Any, key: tuple) -> Iterator[tuple[str, Tensor]]:
+        """What a micro-batch's `losses` are the sum of, by name. Each goes back before the next is computed."""
+        yield "", self.losses(micro, key)
+
+    def _groups(self) -> list[dict]:
+        return [group for solver in self.solvers.values() for group in solver.param_groups]
 
     def size(self, micro: Any) -> int:
         """Examples in a micro-batch: a step's loss is the mean over all examples of all its micro-batches."""
         return len(micro)
 
     def training_step(self, batch: list, _) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
+        for group, rate in zip(self._groups(), self.initial_rates, strict=True):
             group["lr"] = rate * self.learning_rate(self.step)
         count = sum(self.size(micro) for micro in batch)
-        total = torch.zeros((), device=self.device)
+        totals = {"loss": torch.zeros((), device=self.device)}
         for number, micro in enumerate(batch):
             key = (self.seed, self.step, self.global_rank, number, self.attempt)
-            loss = self.losses(micro, key).sum() / count
-            self.manual_backward(loss)
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.grad_clip or float("inf"))
-        loss_value, norm_value = torch.stack([total, norm.to(total)]).tolist()  # the step's one wait for the device
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+            for name, losses in self.parts(micro, key):
+                loss = losses.sum() / count
+                self.manual_backward(loss)
+                totals["loss"] = totals["loss"] + loss.detach()
+                if name:
+                    totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0) + loss.detach()
+        norms = {_told("grad_norm", name): self._clip(solver) for name, solver in self.solvers.items()}
+        seen = [*totals.values(), *(norm.to(totals["loss"]) for norm in norms.values())]
+        values = dict(zip([*totals, *norms], torch.stack(seen).tolist(), strict=True))  # the step's one wait for the device
+        finite = all(map(math.isfinite, values.values()))
         if finite:
-            self.optimizers().step()
+            own = self.optimizers()
+            for solver in own if isinstance(own, list) else [own]:
+                if any(parameter.grad is not None for group in solver.param_groups for parameter in group["params"]):
+                    solver.step()
             self._update_ema()
             self.skipped = 0
         else:
@@ -100,10 +124,16 @@ class StepModule(L.LightningModule):
         for parameter in self.trainable.values():
             parameter.grad = None
         self.step += 1
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.numbers = {"loss": loss_value, "grad_norm": norm_value, "lr": rate} | ({} if finite else {"skipped": 1.0})
+        rates = {_told("lr", name): solver.param_groups[0]["lr"] for name, solver in self.solvers.items()}
+        self.numbers = values | rates | ({} if finite else {"skipped": 1.0})
         if self.skipped >= MAX_SKIPPED:
-            raise NotFinite(f"loss {loss_value} and gradient norm {norm_value} in {self.skipped} steps up to step {self.step}")
+            told = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise NotFinite(f"{told} in {self.skipped} steps up to step {self.step}")
+
+    def _clip(self, solver: torch.optim.Optimizer) -> Tensor:
+        """The norm of the gradients of this optimizer's parameters, as it was before they were scaled down to `grad_clip`."""
+        own = [parameter for parameter in self.trainable.values() if self.solver_of[parameter] is solver]
+        return nn.utils.clip_grad_norm_(own, self.grad_clip or float("inf"))
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -119,12 +149,14 @@ class StepModule(L.LightningModule):
         raw = {name: p.detach().clone() for name, p in self.trainable.items()} if self.ema or self.has_average else {}
         self._fill(self.ema)
         if self.has_average:
-            self.optimizer.eval()
+            for solver in self.solvers.values():
+                solver.eval()
         try:
             yield
         finally:
             if self.has_average:
-                self.optimizer.train()  # its own way back rounds, hence the copy
+                for solver in self.solvers.values():
+                    solver.train()  # its own way back rounds, hence the copy
             self._fill(raw)
 
     @torch.no_grad()
@@ -143,12 +175,12 @@ class StepModule(L.LightningModule):
         tensors |= {f"ema/{name}": average for name, average in self.ema.items()}
         numbers: dict[str, dict] = {}
         for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.solver_of[parameter].state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{key}/{name}"] = value
                 else:
                     numbers.setdefault(name, {})[key] = value
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
         optimizer = {"groups": groups, "numbers": numbers}
         return {"tensors": tensors, "optimizer": optimizer, "step": self.step, "seed": self.seed, "attempt": self.attempt}
 
@@ -171,16 +203,19 @@ class StepModule(L.LightningModule):
         if weights_only:
             return
         plain = checkpoint.get("optimizer", {"groups": [], "numbers": {}})  # older checkpoints had only tensors to keep
-        self.optimizer.state.clear()
+        for solver in self.solvers.values():
+            solver.state.clear()
         for name, values in plain["numbers"].items():
-            self.optimizer.state[self.trainable[name]].update(values)
+            parameter = self.trainable[name]
+            self.solver_of[parameter].state[parameter].update(values)
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, kind, name = key.split("/", 2)
                 parameter = self.trainable[name]
-                counter = kind == "step" and not self.optimizer.defaults.get("fused")  # which torch keeps on the CPU
-                self.optimizer.state[parameter][kind] = value.to("cpu" if counter else parameter.device, copy=True)
-        for group, values in zip(self.optimizer.param_groups, plain["groups"], strict=bool(plain["groups"])):
+                solver = self.solver_of[parameter]
+                counter = kind == "step" and not solver.defaults.get("fused")  # which torch keeps on the CPU
+                solver.state[parameter][kind] = value.to("cpu" if counter else parameter.device, copy=True)
+        for group, values in zip(self._groups(), plain["groups"], strict=bool(plain["groups"])):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])
 
