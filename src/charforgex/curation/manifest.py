@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 from charforgex.curation.folders import FOREIGN, MAX_CAPTION_BYTES, caption_lines, printable, resolve_inside, sort_names, suffix_of, walk
 from charforgex.curation.pictures import MAX_PIXELS, decode_picture, measure_picture, read_bytes, read_picture
 from charforgex.curation.split import MIN_TRAIN, Part, SplitSettings, split
+from charforgex.curation.videos import is_video
 from charforgex.errors import DataError
 
-__all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture"]
+__all__ = ["Manifest", "Problem", "Record", "decode_picture", "from_folder", "open_manifest", "read_bytes", "read_picture", "videos_in"]
 
 VERSION = 1
 BY_HAND = "captions_by_hand"  # among a record's facts: a person wrote its captions, and no run may write others
@@ -212,6 +213,38 @@ def open_manifest(source: str | Path, val_count: int | None = None, min_side: in
     if val_count is not None:
         raise DataError(f"val_count={val_count} has no effect on {path}: a manifest says itself which pictures are held out.")
     return Manifest.read(path)
+
+
+class Video(NamedTuple):
+    """A video of a folder. `captions` are those beside it."""
+
+    path: str
+    captions: tuple[str, ...]
+
+
+def videos_in(root: str | Path) -> tuple[list[Video], list[Problem]]:
+    """The videos of a folder and its subfolders by their names, and what cannot be used. Raises DataError if `root` is no folder.
+
+    Nothing of the videos is read. Pictures and other files are passed over, captions that belong to none of them are told.
+    """
+    root = Path(root).expanduser().resolve()
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder.")
+    files = list(walk(root))
+    found = sort_names(name for name, why in files if not why)
+    problems = [Problem(printable(name), why.reason) for name, why in files if why]
+    videos: list[Video] = []
+    for name in filter(is_video, found.others):
+        try:
+            if printable(name) != name:
+                raise DataError("its name is not valid UTF-8; rename it")
+            videos.append(Video(name, _captions(root, found.captions(name))))
+        except DataError as error:
+            problems.append(Problem(printable(name), str(error)))
+    owned = {text for name in [*found.others, *found.pictures] for text in found.captions(name)}
+    lonely = [text for texts in found.texts.values() for text in texts if text not in owned]
+    problems += [Problem(printable(name), "no video has this name") for name in lonely]
+    return videos, problems
 
 
 def _captions(root: Path, names: Sequence[str]) -> tuple[str, ...]:

@@ -73,6 +73,14 @@ class Cut:
         return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else out
 
 
+def sides(resolution: int | list[int]) -> list[int]:
+    """The resolutions that are asked for, ascending. Raises ConfigError if there is none."""
+    found = sorted({resolution} if isinstance(resolution, int) else set(resolution))
+    if not found:
+        raise ConfigError("data.resolution=[] names no resolution; give at least one.")
+    return found
+
+
 def make_buckets(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT) -> list[Bucket]:
     """For each side that is a multiple, the longest other side within resolution^2 pixels; both orientations, sorted.
 

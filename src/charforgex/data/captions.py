@@ -20,18 +20,20 @@ def has_trigger(caption: str, trigger: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
 
 
-def with_trigger(records: Sequence[Record], trigger: str | None, add: bool, separator: str, default: str | None) -> list[Record]:
+def with_trigger(
+    records: Sequence[Record], trigger: str | None, add: bool, separator: str, default: str | None, what: str = "pictures"
+) -> list[Record]:
     """Records whose every caption holds the trigger.
 
     `{trigger}` in a caption is replaced; with `add` the trigger is put before captions that lack it; `default` is the caption
-    of pictures without one. Raises DataError naming the pictures without captions, or whose captions lack the trigger.
+    of those without one. Raises DataError naming the files without captions, or whose captions lack the trigger.
     """
     if add and not trigger:
         raise ConfigError("data.add_trigger=true has no effect without data.trigger; set the word.")
     bare = [record.path for record in records if not record.captions]
     if bare and not default:
         raise DataError(
-            f"{len(bare)} of {len(records)} pictures have no caption: {some(bare)}. Write a .txt file of the same name beside each, "
+            f"{len(bare)} of {len(records)} {what} have no caption: {some(bare)}. Write a .txt file of the same name beside each, "
             "or set data.default_caption to one for all of them."
         )
     out, lacking = [], []

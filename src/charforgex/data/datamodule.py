@@ -24,7 +24,7 @@ from torch import Tensor
 from charforgex.binding import Range
 from charforgex.curation.manifest import MIN_TRAIN, Problem, Record, decode_picture, open_manifest, read_bytes, read_picture, some
 from charforgex.data import captions
-from charforgex.data.buckets import FILTER, Cut
+from charforgex.data.buckets import FILTER, Cut, sides
 from charforgex.data.cache import Cache, Entry, key_of
 from charforgex.data.dataset import Drawn, Item, Order, arrange, group
 from charforgex.data.prepared import LoadParts, PreparedData, geometry
@@ -90,10 +90,12 @@ class CharacterData(PreparedData):
             raise ConfigError(f"data.tag_separator={tag_separator!r} must hold a character that is not blank, such as a comma.")
         if not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
             raise ConfigError(f"data.background={background} must be red, green and blue in 0..255.")
-        self.resolutions = sorted({resolution} if isinstance(resolution, int) else set(resolution))
-        if not self.resolutions:
-            raise ConfigError("data.resolution=[] names no resolution; give at least one.")
+        self.resolutions = sides(resolution)
         self.manifest = open_manifest(source, val_count)
+        if any("fps" in record.facts for record in self.manifest.records):
+            raise DataError(
+                f"{source} is a manifest of clips, and this training takes pictures; experiment=animatediff_motion takes clips."
+            )
         self.problems: tuple[Problem, ...] = self.manifest.problems
         self.notes: list[str] = []
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
