@@ -39,6 +39,14 @@ def pose_of(context: Context) -> np.ndarray:
     return np.array([values[name] for name in POSE], np.float32)
 
 
+def posed(setting: Context, pose: np.ndarray) -> Context:
+    """The inverse: the setting in a pose (P,) that was read, each number within what can be drawn."""
+    values = dict(zip(POSE, pose.tolist(), strict=True))
+    raised, hand, zoom = (values.pop(name) for name in ("raised", "hand", "zoom"))
+    values |= {name: min(1.0, max(0.0, values[name])) for name in ("blink", "talk")}
+    return replace(setting, **values, wave=min(1.0, max(0.02, hand)) if raised > 0.5 else 0.0, zoom=max(1.0, math.exp(zoom)))
+
+
 UNITS = np.array(list(POSE.values()), np.float32)
 
 
