@@ -13,16 +13,8 @@ from charforgex.data import mess
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.lora.inject import adapter_parameters, inject
-from charforgex.training.character import (
-    Character,
-    Job,
-    check_disk,
-    check_resolution,
-    choose_device,
-    curated,
-    find_character,
-    with_trigger,
-)
+from charforgex.training.character import Character, CharacterJob, curated, find_character, with_trigger
+from charforgex.training.job import check_disk, check_resolution, choose_device
 from charforgex.training.losses import Objective
 from charforgex.training.run import Clock, check, choose_run_dir, run
 from charforgex.types import Batch, Crop
@@ -66,7 +58,7 @@ def test_how_many_are_held_out_is_settled_before_pictures_are_looked_at(tmp_path
     (tmp_path / "raw").mkdir()
     cfg = compose("train", [f"data.source={tmp_path / 'raw'}", f"runs_dir={tmp_path / 'runs'}", *overrides])
     with pytest.raises(ConfigError, match=said):
-        curated(Job(cfg, check(cfg), tmp_path / "run", Console(), Clock(tmp_path), Character(tmp_path / "raw", "zork man", None)))
+        curated(CharacterJob(cfg, check(cfg), tmp_path / "run", Console(), Clock(tmp_path), Character(tmp_path / "raw", "zork man", None)))
     assert not (tmp_path / "run").exists()
 
 

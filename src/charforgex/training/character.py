@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from charforgex import binding, runs
 from charforgex.charworld.demo import DEMO, number_of, other_characters, trigger_of, write_character
-from charforgex.config import bind, conf_folder
+from charforgex.config import bind
 from charforgex.curation.manifest import read_picture
 from charforgex.data.captions import class_of
-from charforgex.data.datamodule import CharacterData, LoadParts
+from charforgex.data.datamodule import CharacterData
 from charforgex.data.mess import DEMO as MESS
 from charforgex.data.mess import write_mess
 from charforgex.embedders import get_embedder
@@ -28,7 +26,7 @@ from charforgex.errors import ConfigError, DataError
 from charforgex.evaluation.alignment import get_follower
 from charforgex.families import registry
 from charforgex.families.base import Family
-from charforgex.families.loading import denoiser_config, load_components, weights_hash
+from charforgex.families.loading import denoiser_config, load_components
 from charforgex.families.tokens import save_tokens
 from charforgex.generation.sampling import check_sampling
 from charforgex.lora.checkpoints import folder_name, read_checkpoint, saved_steps
@@ -39,8 +37,22 @@ from charforgex.lora.writing import save_verified
 from charforgex.quiet import quiet
 from charforgex.training import report
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
-from charforgex.training.checkpoints import load_last_good
 from charforgex.training.curves import draw_curves
+from charforgex.training.job import (
+    DTYPES,
+    Job,
+    check_disk,
+    check_resolution,
+    choose_device,
+    encoder_hashes,
+    finish_wandb,
+    leave_if,
+    loader,
+    make_loggers,
+    restore,
+    set_threads,
+    start_run,
+)
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
 from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
 from charforgex.training.logs import StepLog, read_log
@@ -52,9 +64,7 @@ from charforgex.training.run import Clock, Settings, data_options
 from charforgex.types import Components
 
 DEMO_PICTURES = 30
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT = "so nothing could tell whether the LoRA is the character"
-SPARE_BYTES = 64 << 20  # besides the checkpoints: samples, logs, curves
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,7 @@ class Character:
 
 
 @dataclass
-class Job:
-    """What the stages share."""
-
-    cfg: DictConfig
-    settings: Settings
-    run_dir: Path
-    console: Console
-    clock: Clock
+class CharacterJob(Job):
     character: Character | None = None
 
 
@@ -85,9 +88,8 @@ def train_character(cfg: DictConfig, settings: Settings, run_dir: Path, going_on
 
 
 def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
-    job = Job(cfg, settings, run_dir, Console(), Clock(run_dir))
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
+    job = CharacterJob(cfg, settings, run_dir, Console(), Clock(run_dir))
+    set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     registry.refuse_clips(family, "a character's training", "say experiment=animatediff_motion to train motion.")
     device = choose_device(settings.trainer.accelerator)
@@ -158,11 +160,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         module, checkpoints, settings.trainer, loggers, job.console, measuring, settings.evaluation.every, lambda: {measuring.best_step}
     )
     job.clock.save()
-    if stopped is not None:
-        job.console.print(
-            f"Stopped at step {module.step}; all is saved. The same command goes on from there, or: python train.py resume={run_dir}"
-        )
-        raise SystemExit(runs.EXIT_INTERRUPTED if stopped == 2 else runs.EXIT_TERMINATED)
+    leave_if(stopped, job, module.step)
     result = finish(job, family, parts, data, module, measuring)
     if job.cfg.logger.wandb:
         finish_wandb(loggers[-1].experiment, bool(job.cfg.logger.offline), job.console)
@@ -190,7 +188,7 @@ def find_character(cfg: DictConfig, run_dir: Path) -> Character:
     return Character(folder, trigger_of(number), others or source)
 
 
-def curated(job: Job) -> tuple[Path, int | None]:
+def curated(job: CharacterJob) -> tuple[Path, int | None]:
     """What is trained on, and how many pictures of it are held out where it does not say so itself: the manifest that curation makes of a
     folder, else the source as it is."""
     cfg, source = job.cfg, job.character.source
@@ -231,68 +229,14 @@ def with_trigger(settings: Settings, trigger: str | None) -> Settings:
     return replace(settings, evaluation=replace(evaluation, prompts=prompts))
 
 
-def choose_device(accelerator: str) -> str:
-    """The device that Lightning takes for `accelerator`; everything is loaded there, also for measuring before the first step."""
-    available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    chosen = next(name for name in available if available[name]) if accelerator == "auto" else accelerator
-    if not available[chosen]:
-        raise ConfigError(f"trainer.accelerator={accelerator} is not there; use trainer.accelerator=auto.")
-    return {"gpu": "cuda"}.get(chosen, chosen)
-
-
-def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
-    """A function that loads groups of the base ("denoiser", "vae", "text") when they are needed, and always the scheduler."""
-
-    def load_parts(groups: Sequence[str]) -> Components:
-        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer)
-
-    return load_parts
-
-
 def load_encoders(cfg: DictConfig, family: Family, device: str, wanted: bool) -> Components:
     """The CLIP encoders that the base has, with their tokenizers; nothing if they do not learn. T5 is never among them."""
     names = [name for clip in family.clip_encoders for name in (clip, clip.replace("text_encoder", "tokenizer"))] if wanted else []
     return load_components(family, cfg.family.source, names, DTYPES[cfg.family.dtype], device, cfg.family.tokenizer)
 
 
-def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
-    """What identifies the encoders to the caches; nothing is loaded for it."""
-    return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
-
-
-def check_resolution(family: Family, source: str, trained_at: int, resolutions: Sequence[int]) -> None:
-    """Raises ConfigError for pictures of an eighth of the base's own size or less: an embedded base's numbers for a published one."""
-    if 8 * max(resolutions) > trained_at:
-        return
-    configs = {path.stem: OmegaConf.load(path) for path in sorted((conf_folder() / "family").glob("*.yaml"))}
-    fitting = [
-        f"family={name}" for name, config in configs.items() if config.name == family.name and 8 * config.recipe.resolution > trained_at
-    ]
-    raise ConfigError(
-        f"data.resolution={max(resolutions)} is far below the {trained_at} px of {source}: these are the numbers of a smaller base. "
-        f"Use {' or '.join([*fitting, f'data.resolution={trained_at}'])}, with family.source={source}."
-    )
-
-
-def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
-    """Raises ConfigError if checkpoints (weights, EMA and an optimizer's up to four moments) and the run's files would not fit."""
-    needed = 4 * 6 * sum(p.numel() for p in parameters.values()) * (keep + 3) + SPARE_BYTES
-    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError(f"run_dir={run_dir} needs about {needed >> 20} MiB, and {free >> 20} MiB are free; free some, or set runs_dir.")
-
-
-def start_run(job: Job, data: CharacterData, going_on: bool) -> None:
-    """The folder, with all that is needed to repeat the run."""
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    if not going_on:
-        runs.save_config(job.run_dir, job.cfg)
-        runs.write_provenance(job.run_dir, seed=job.cfg.seed, dataset_sha256=data.dataset_hash, config_sha256=runs.config_hash(job.cfg))
-
-
 def make_module(
-    job: Job, family: Family, parts: Components, objective: Objective, data: CharacterData, live: LiveText
+    job: CharacterJob, family: Family, parts: Components, objective: Objective, data: CharacterData, live: LiveText
 ) -> DenoiserModule:  # fmt: skip
     s, encoders = job.settings, live.parameters()
 
@@ -318,7 +262,7 @@ def make_module(
     )  # fmt: skip
 
 
-def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -> None:
+def show_plan(job: CharacterJob, family, parts, objective, data, adapted, module, made) -> None:
     """The effective objective, the data and the time that it will take."""
     s = job.settings
     trainable = sum(p.numel() for p in module.trainable.values())
@@ -343,52 +287,13 @@ def show_plan(job: Job, family, parts, objective, data, adapted, module, made) -
     report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
 
 
-def restore(job: Job, module: DenoiserModule, checkpoints: Path) -> None:
-    runs.remove_unfinished(job.run_dir)
-    checkpoint, problems = load_last_good(checkpoints)
-    for problem in problems:
-        job.console.print(f"[yellow]{problem} Falling back to the one before.")
-    if checkpoint is not None:
-        module.restore(checkpoint)
-        job.console.print(f"Going on with {job.run_dir} from step {module.step}.")
-
-
-def make_loggers(job: Job) -> list:
-    options = job.cfg.logger
-    loggers = []
-    if options.tensorboard:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(job.run_dir, name="tensorboard", version=""))
-    if options.wandb:
-        try:
-            from lightning.pytorch.loggers import WandbLogger
-
-            logger = WandbLogger(
-                name=job.run_dir.name, save_dir=job.run_dir, project=options.project, offline=bool(options.offline), id=job.run_dir.name,
-                resume="allow", config=OmegaConf.to_container(job.cfg, resolve=True),
-            )  # fmt: skip
-        except ModuleNotFoundError as error:
-            raise ConfigError('logger.wandb=true needs wandb: pip install ".[wandb]".') from error
-        loggers.append(logger)
-    return loggers
-
-
-def finish_wandb(run, offline: bool, console: Console) -> None:
-    """Ends the W&B run now: at the interpreter's exit, a loaded machine may end before its file is written."""
-    folder = Path(run.dir).parent
-    run.finish()
-    if offline and not list(folder.glob("*.wandb")):
-        console.print(f"[yellow]W&B wrote no run file into {folder}; metrics.csv in the run folder has every number.", soft_wrap=True)
-
-
 # ---- while it trains ----
 
 
 class Measuring:
     """Called with the step at every evaluation: draws, measures, logs, and remembers the best checkpoint."""
 
-    def __init__(self, job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule):
+    def __init__(self, job: CharacterJob, family: Family, parts: Components, data: CharacterData, module: DenoiserModule):
         self.job, self.module = job, module
         self.log = StepLog(job.run_dir / "metrics.csv", module.step)
         others = other_pictures(job.character.others, data)
@@ -451,7 +356,7 @@ def other_pictures(source: str | None, data: CharacterData) -> list:
 
 
 def finish(
-    job: Job, family: Family, parts: Components, data: CharacterData, module: DenoiserModule, measuring: Measuring
+    job: CharacterJob, family: Family, parts: Components, data: CharacterData, module: DenoiserModule, measuring: Measuring
 ) -> dict[str, Any]:
     """Takes the best checkpoint, saves the LoRA in both formats, and the sheet, curves and result.json."""
     best, anchors, run_dir = measuring.best, measuring.anchors, job.run_dir
@@ -506,7 +411,7 @@ def finish(
     return result
 
 
-def save_new_tokens(job: Job, family: Family, live: LiveText) -> Path | None:
+def save_new_tokens(job: CharacterJob, family: Family, live: LiveText) -> Path | None:
     """The file of new tokens beside the LoRA, whose metadata names it; None if there are none."""
     if not live.tokens:
         return None
@@ -514,7 +419,7 @@ def save_new_tokens(job: Job, family: Family, live: LiveText) -> Path | None:
     return save_tokens(job.run_dir / f"{job.cfg.name}_tokens.safetensors", family, values)
 
 
-def show_result(job: Job, result: dict[str, Any]) -> None:
+def show_result(job: CharacterJob, result: dict[str, Any]) -> None:
     identity, following = result["identity"], result["prompt_following"]
     floor = "" if identity["floor"] is None else f"other characters {identity['floor']:.2f}, "
     prompt = job.settings.evaluation.prompts[0]

@@ -24,9 +24,9 @@ from charforgex.lora.state import Layer, Lora
 from charforgex.toolbox.common import Opened, lineage
 from charforgex.toolbox.common import save as save_lora
 from charforgex.training.blocks import checkpoint_blocks
-from charforgex.training.character import DTYPES, choose_device
 from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good
 from charforgex.training.distilling import Settings, Teachers
+from charforgex.training.job import DTYPES, choose_device
 from charforgex.training.lessons import Drawn, Said, all_captions, drawn_latents, read_pictures
 from charforgex.training.logs import StepLog, read_log
 from charforgex.training.loop import fit

@@ -31,8 +31,18 @@ def frame_indices(count: int, frames: int, *key: object) -> Tensor:
     return torch.randint(frames, (count,), generator=torch_generator(*key, "frame"))
 
 
-def motion_losses(prediction: Tensor, target: Tensor, weight_B: Tensor, anchor_B: Tensor, strength: float = 1.0) -> Tensor:
-    """Per-clip losses (B,) of a temporal adapter: the plain error, and that without appearance besides."""
-    plain = diffusion_loss(prediction, target, weight_B)
+def motion_losses(
+    prediction: Tensor,
+    target: Tensor,
+    weight_B: Tensor,
+    anchor_B: Tensor,
+    strength: float = 1.0,
+    kind: str = "mse",
+    huber_delta: float = 0.1,
+) -> Tensor:
+    """Per-clip losses (B,) of a temporal adapter: the plain error, and that without appearance besides, if `strength` is above 0."""
+    plain = diffusion_loss(prediction, target, weight_B, kind=kind, huber_delta=huber_delta)
+    if strength == 0:
+        return plain
     debiased = (without_appearance(clip.float(), anchor_B, strength) for clip in (prediction, target))
-    return plain + diffusion_loss(*debiased, weight_B)
+    return plain + diffusion_loss(*debiased, weight_B, kind=kind, huber_delta=huber_delta)

@@ -110,7 +110,8 @@ def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] =
             module.losses(resized(batch[0], grid), ("trial",)).mean().backward()
         started = time.perf_counter()
         for micro in batch:
-            module.losses(micro, ("trial",)).mean().backward()
+            for _, losses in module.parts(micro, ("trial",)):
+                losses.mean().backward()
     for parameter in module.trainable.values():
         parameter.grad = None
     seconds = time.perf_counter() - started
