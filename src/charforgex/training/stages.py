@@ -87,6 +87,19 @@ class Pretraining(StepModule):
     def size(self, micro) -> int:
         return len(micro[0])
 
+    def checkpoint(self) -> dict:
+        """What batch norms have seen so far is state, too."""
+        found = super().checkpoint()
+        found["tensors"] |= {f"buffers/{name}": buffer for name, buffer in self.network.named_buffers()}
+        return found
+
+    @torch.no_grad()
+    def restore(self, checkpoint: dict, weights_only: bool = False) -> None:
+        super().restore(checkpoint, weights_only)
+        for name, buffer in self.network.named_buffers():
+            if f"buffers/{name}" in checkpoint["tensors"]:  # older checkpoints have none
+                buffer.copy_(checkpoint["tensors"][f"buffers/{name}"])
+
 
 def face_weight(bank: RenderedBank, indices: Sequence[int], size: int) -> Tensor:
     """(B, 1, H, W): 3 on the head, 1 elsewhere."""
