@@ -46,6 +46,7 @@ def test_every_group_belongs_to_an_entry_point():
     assert {group for group, options in choices("train").items() if options} <= {
         *CHOSEN_BY,
         "sampling",
+        "video",
         "logger",
         "pretrain",
         "method",

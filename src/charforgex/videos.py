@@ -466,16 +466,16 @@ def add_comment(path: Path, comment: str) -> None:
 
 
 def comment_of(path: Path) -> str | None:
-    """What a file or a folder of frames that was written here says of itself. Raises DataError for what is none of them."""
+    """What a video, a picture or a folder of frames says of itself, as it was written here. Raises Unreadable for a damaged video."""
     from PIL import Image
 
     if path.is_dir():
         told = path / "frames.json"
         return (json.loads(told.read_text()).get("comment") if told.is_file() else None) or None
-    if path.suffix.lower() in (".gif", ".apng", ".png"):
+    if not HOLDS.get(path.suffix.lower()):
         with Image.open(path) as picture:
             said = picture.info.get("comment")
-        return said.decode() if isinstance(said, bytes) else said
+        return said.decode(errors="replace") if isinstance(said, bytes) else said
     with opened(path) as container:
         return next((value for name, value in container.metadata.items() if name.lower() == "comment"), None)
 

@@ -1,4 +1,4 @@
-"""What a picture says about itself: PNG text that A1111, Forge, ComfyUI and Civitai read, and our whole recipe as JSON.
+"""What a picture or a clip says about itself: the text that A1111, Forge, ComfyUI and Civitai read, and our whole recipe as JSON.
 
 Nothing here reads a clock or names a folder: the same recipe gives the same bytes wherever it is made.
 """
@@ -9,10 +9,12 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from charforgex import videos
 from charforgex.generation.schedulers import FLOW_SAMPLERS, SAMPLERS
 from charforgex.runs import replace_atomic
 
@@ -25,6 +27,25 @@ class LoraUse:
     sha256: str
     autov3: str
     scale: float
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """What decides a clip besides; `travel` and `init` are None where there are none."""
+
+    frames: int
+    fps: float  # of what was made; `interpolate` puts so many frames for each of them
+    loop: bool
+    window: int
+    overlap: int
+    blend: str
+    noise: str
+    travel: dict[str, str] | None  # by the frame's number
+    init: str | None  # a name, not a path
+    init_sha256: str | None
+    strength: float | None
+    keep_first: bool
+    interpolate: int | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class Recipe:
     loras: tuple[LoraUse, ...]
     versions: dict[str, str | None]
     true_guidance: float | None = None  # where guidance is a vector (Flux): classifier-free guidance besides
+    clip: ClipRecipe | None = None
 
 
 def parameters(recipe: Recipe) -> str:
@@ -73,6 +95,8 @@ def parameters(recipe: Recipe) -> str:
         "CFG Rescale phi": f"{recipe.guidance_rescale:g}" if recipe.guidance_rescale else None,
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",
+        "Frames": recipe.clip.frames if recipe.clip else None,
+        "FPS": f"{recipe.clip.fps:g}" if recipe.clip else None,
         "Model hash": recipe.base_sha256[:10] if recipe.base_is_file else None,
         "Model": Path(recipe.base).stem if recipe.base_is_file else recipe.base,
         "Lora hashes": ", ".join(f"{lora.name}: {lora.autov3}" for lora in recipe.loras) or None,
@@ -91,21 +115,44 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """For JSON; a picture has no word about clips."""
+    return {name: value for name, value in asdict(recipe).items() if name != "clip" or value is not None}
+
+
+def comment(recipe: Recipe) -> str:
+    """What a video has for `parameters` and `charforgex` of a PNG: one JSON text."""
+    return json.dumps({"parameters": parameters(recipe), "charforgex": as_dict(recipe)}, ensure_ascii=False, sort_keys=True)
+
+
 def save_png(picture: Image.Image, path: str | Path, recipe: Recipe) -> Path:
     """Writes the picture with `parameters` and `charforgex` (JSON) in its PNG text, whole or not at all."""
     info = PngInfo()
     info.add_text("parameters", parameters(recipe))
-    info.add_text("charforgex", json.dumps(asdict(recipe), ensure_ascii=False, sort_keys=True))
+    info.add_text("charforgex", json.dumps(as_dict(recipe), ensure_ascii=False, sort_keys=True))
     with replace_atomic(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=info, compress_level=6)
     return Path(path)
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
-    """The recipe in a PNG, None where there is none."""
+    """The recipe in a picture, a clip or a folder of frames, None where there is none."""
+    values = _own_text(Path(path)) or _commented(Path(path))
+    if values is None:
+        return None
+    clip = values.get("clip")
+    loras = tuple(LoraUse(**lora) for lora in values["loras"])
+    return Recipe(**values | {"loras": loras, "clip": ClipRecipe(**clip) if clip else None})
+
+
+def _own_text(path: Path) -> dict[str, Any] | None:
+    if path.suffix.lower() != ".png":
+        return None
     with Image.open(path) as picture:
         text = getattr(picture, "text", {}).get("charforgex")
-    if text is None:
-        return None
-    values = json.loads(text)
-    return Recipe(**{**values, "loras": tuple(LoraUse(**lora) for lora in values["loras"])})
+    return json.loads(text) if text is not None else None
+
+
+def _commented(path: Path) -> dict[str, Any] | None:
+    said = videos.comment_of(path) or ""
+    return json.loads(said).get("charforgex") if said.startswith('{"charforgex"') else None

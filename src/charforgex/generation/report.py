@@ -20,7 +20,7 @@ MOST_COLUMNS, PAGE_HEIGHT = 8, 8000  # of a sheet; pixels
 
 
 class Bar:
-    """Progress in pictures; a denoising step is its share of one."""
+    """Progress in pictures or clips; a denoising step is its share of one."""
 
     def __init__(self, progress, number: int):
         self._progress = progress
@@ -132,10 +132,12 @@ def finish_wandb(run, result: dict[str, Any]) -> None:
     import wandb
 
     run.config.update({"base": result["base"], "loras": result["loras"], **result["settings"]})
+    pictures = [(picture["file"], picture["prompt"]) for picture in result.get("pictures", [])]
+    pictures += [(clip["preview"], " → ".join(clip["prompts"])) for clip in result.get("clips", [])]
     run.log(
         {
-            "pictures": [wandb.Image(picture["file"], caption=picture["prompt"]) for picture in result["pictures"]],
-            "sheets": [wandb.Image(path) for path in result["sheets"]],
+            "pictures": [wandb.Image(path, caption=prompt) for path, prompt in pictures],
+            "sheets": [wandb.Image(path) for path in _sheets(result)],
         }
     )
     run.finish()
@@ -147,8 +149,14 @@ def write_tensorboard(out: Path, result: dict[str, Any]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(out / "tensorboard")) as writer:
-        for step, path in enumerate(result["sheets"] or [picture["file"] for picture in result["pictures"]]):
+        alone = [clip["preview"] for clip in result.get("clips", [])] or [picture["file"] for picture in result.get("pictures", [])]
+        for step, path in enumerate(_sheets(result) or alone):
             writer.add_image("pictures", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+
+def _sheets(result: dict[str, Any]) -> list[str]:
+    """Of pictures, or each clip's strip."""
+    return result.get("sheets") or [clip["strip"] for clip in result.get("clips", []) if clip["strip"]]
 
 
 # ---- the last words ----
@@ -159,10 +167,12 @@ def summary(result: dict[str, Any]) -> None:
     from rich.markup import escape
 
     console = Console()
-    number, seconds = len(result["pictures"]), result["seconds"]
+    kind = "clip" if "clips" in result else "picture"
+    made, seconds = result[f"{kind}s"], result["seconds"]
+    number = len(made)
     who = " + ".join(lora["name"] for lora in result["loras"])
     console.print(
-        f"[bold]{number} picture{'s' * (number > 1)}[/bold] in {seconds['total']:.1f} s "
+        f"[bold]{number} {kind}{'s' * (number > 1)}[/bold] in {seconds['total']:.1f} s "
         f"({seconds['sample'] / number:.2f} s each) with {escape(result['base'])}{' and ' + escape(who) if who else ''}",
         soft_wrap=True,
     )
@@ -171,6 +181,6 @@ def summary(result: dict[str, Any]) -> None:
     for cut in result["truncated"]:
         end = escape(cut["seen"][-60:])
         console.print(f"[yellow]{cut['tokens_cut']} tokens at the end of a prompt are not seen; the model reads up to: …{end}[/yellow]")
-    for path in result["sheets"]:
+    for path in result.get("sheets", []):
         console.print(f"sheet     {escape(path)}", soft_wrap=True)
-    console.print(f"pictures  {escape(result['pictures'][0]['file'])}{f' and {number - 1} more' if number > 1 else ''}", soft_wrap=True)
+    console.print(f"{f'{kind}s':<8}  {escape(made[0]['file'])}{f' and {number - 1} more' if number > 1 else ''}", soft_wrap=True)

@@ -45,10 +45,15 @@ def generate(cfg: Any) -> dict[str, Any]:
     """
     started = time.perf_counter()
     settings = bind(Settings, cfg, "")
-    templates = read_prompts(settings.prompt, settings.prompt_file)
     _check_out(settings)
+    if settings.mode == "video":
+        from charforgex.generation.video import generate_clips
+
+        return generate_clips(cfg, settings)
+    templates = read_prompts(settings.prompt, settings.prompt_file)
 
     from charforgex.families.registry import refuse_clips
+    from charforgex.generation.metadata import save_png
     from charforgex.generation.sampling import check_sampling
     from charforgex.generation.stack import read_stack
 
@@ -56,7 +61,7 @@ def generate(cfg: Any) -> dict[str, Any]:
     refuse_clips(stack.family, "mode=picture", "choose another family, or say mode=video.")
     settings = settings.filled(stack.recipe)
     scheduler = check_sampling(stack.family, stack.bare, settings, settings.guidance_rescale)
-    trigger = _trigger(settings, stack, templates)
+    trigger = trigger_word(settings, stack, templates)
     check_templates(templates, settings.wildcard_dir, trigger)
     size = size_of(settings, stack)
     device, dtype = device_of(settings), dtype_of(settings)
@@ -67,18 +72,19 @@ def generate(cfg: Any) -> dict[str, Any]:
     save_config(out, cfg)
     write_provenance(out, seed=jobs[0].seed, inputs={adapter.name: adapter.path for adapter in stack.adapters})
 
-    with report.progress(len(jobs)) as bar, _hashing(stack) as hash_of_base:
+    with report.progress(len(jobs)) as bar, hashing(stack) as hash_of_base:
         bar.say(f"loading {stack.base}")
         parts = load(stack, device, dtype, settings.tokenizers)
         loaded = time.perf_counter()
-        truncated = _truncated(stack, parts, jobs)
+        truncated = truncated_prompts(stack, parts, [job.prompt for job in jobs])
         common = shared(stack, settings, size, scheduler, dtype, settings.guidance_rescale)
         loras = lora_uses(stack)
         files: dict[int, Path] = {}
         for batch, pictures in _sampled(stack, parts, jobs, settings, size, bar.step):
             for job, picture in zip(batch, pictures, strict=True):
                 recipe = _recipe(job, common, hash_of_base(), loras)
-                files[job.number] = _save(picture, out, job, len(jobs), recipe)
+                path = out / f"{file_stem(job.number, len(jobs), job.seed, job.prompt)}.png"
+                files[job.number] = save_png(picture, path, recipe)
     sampled = time.perf_counter()
 
     pictures = [
@@ -193,7 +199,7 @@ def _check_out(settings: Settings) -> None:
         raise ConfigError(f"out={out} holds the pictures of an earlier run; choose another folder, or say overwrite=true.")
 
 
-def _trigger(settings: Settings, stack: Stack, templates: Sequence[str]) -> str | None:
+def trigger_word(settings: Settings, stack: Stack, templates: Sequence[str]) -> str | None:
     if settings.trigger is not None:
         if not any("{trigger}" in template or "__" in template for template in templates):
             raise ConfigError(f"trigger={settings.trigger} has no effect: no prompt holds {{trigger}}.")
@@ -238,7 +244,7 @@ def dtype_of(settings: Settings):
 
 
 @contextmanager
-def _hashing(stack: Stack) -> Iterator[Callable[[], str]]:
+def hashing(stack: Stack) -> Iterator[Callable[[], str]]:
     """The base's hash, worked out while the base is loaded: both wait for the disk."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -292,12 +298,10 @@ def _recipe(job: Job, common: dict[str, Any], base_sha256: str, loras: list[Lora
     return Recipe(prompt=job.prompt, template=job.template, seed=job.seed, base_sha256=base_sha256, loras=uses, **common)
 
 
-def _save(picture, out: Path, job: Job, number_of_jobs: int, recipe: Recipe) -> Path:
-    from charforgex.generation.metadata import save_png
-
-    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:40].strip("-")
-    number = str(job.number + 1).zfill(max(3, len(str(number_of_jobs))))
-    return save_png(picture, out / f"{number}_seed{job.seed}{'_' if words else ''}{words}.png", recipe)
+def file_stem(number: int, of: int, seed: int, prompt: str) -> str:
+    """A file's name without its suffix; numbers begin with 1 and sort."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return f"{str(number + 1).zfill(max(3, len(str(of))))}_seed{seed}{'_' if words else ''}{words}"
 
 
 def public_name(base: str) -> str:
@@ -308,10 +312,10 @@ def public_name(base: str) -> str:
     return "+".join(path.resolve().name if path.exists() else address for address, path in paths.items())
 
 
-def _truncated(stack: Stack, parts: Components, jobs: list[Job]) -> list[dict[str, Any]]:
+def truncated_prompts(stack: Stack, parts: Components, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """Prompts of which the text encoders see only the beginning."""
     found = []
-    for prompt in dict.fromkeys(job.prompt for job in jobs):
+    for prompt in dict.fromkeys(prompts):
         seen, cut = max(stack.family.seen_text(parts, prompt), key=lambda pair: pair[1])
         if cut:
             found.append({"prompt": prompt, "seen": seen, "tokens_cut": cut})

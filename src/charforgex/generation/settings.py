@@ -10,6 +10,7 @@ from charforgex.config import Range
 from charforgex.errors import ConfigError
 from charforgex.families.settings import FamilySettings, Positive, Recipe
 from charforgex.generation.schedulers import DEFAULT, check_scheduler_name
+from charforgex.generation.video_settings import VideoSettings
 
 Scale = Annotated[float, Range(at_least=-10, at_most=10)]
 
@@ -46,9 +47,10 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class Settings(SamplingSettings):
+class Settings(SamplingSettings, VideoSettings):
     """Raises ConfigError for values that contradict each other or would have no effect."""
 
+    mode: Literal["picture", "video"] = "picture"
     lora: str | list[str] | None = None
     scale: Scale | list[Scale] | None = None
     scales: list[Scale | list[Scale]] | None = None
@@ -74,6 +76,12 @@ class Settings(SamplingSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.mode == "video":
+            self.check_used()
+        else:
+            self.check_unused()
+        if self.mode == "video" and self.guidance_rescale:
+            raise ConfigError(f"guidance_rescale={self.guidance_rescale:g} is for pictures; leave it out with mode=video.")
         if self.seeds is not None and not self.seeds:
             raise ConfigError("seeds=[] is an empty list; name seeds, or leave it out and say count=4.")
         if self.wildcard_dir is not None and not self.wildcard_dir.is_dir():

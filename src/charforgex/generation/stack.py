@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from charforgex.config import bind, conf_folder
 from charforgex.errors import ConfigError, LoraError, ModelError
-from charforgex.families.registry import FAMILIES, get
+from charforgex.families.registry import FAMILIES, SPELLED, get, spelling
 from charforgex.families.settings import FamilySettings
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from charforgex.lora.state import Lora
     from charforgex.types import Components
 
-DEFAULT_FAMILY, DEFAULT_BASE = "sdxl", "charworld"  # without a LoRA that says otherwise
+DEFAULT_FAMILY = {"picture": "sdxl", "video": "animatediff"}  # without a LoRA that says otherwise
+DEFAULT_BASE = "charworld"
+IN_CLIPS = {"sd15": "animatediff"}  # a family of pictures -> the family of clips whose network is its own with motion between
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def read_stack(settings: Settings) -> Stack:
         raise LoraError(f"lora={list(map(str, paths))} names a file twice; name it once with the sum of its strengths.")
     said = {path: family_of(header) or identify.family_of(shapes) for path, (header, shapes) in headers.items()}
     family = get(_family_name(settings, said))
+    if settings.mode == "video" and not family.is_video:
+        raise ConfigError(_no_clips(family.name, said))
     base, said_by = _base(settings, metadata)
     try:
         bare = family.load(base, only=(), tokenizer=settings.tokenizers)
@@ -97,14 +101,16 @@ def family_of(metadata: Mapping[str, str]) -> str | None:
     """The family that a LoRA's metadata names, in our words or in those of other tools."""
     if "charforgex.family" in metadata:
         return metadata["charforgex.family"]
-    for name in FAMILIES:
-        if any(metadata.get(key) == value for key, value in get(name).lora_labels.items() if key != "modelspec.implementation"):
+    for name in (*FAMILIES, *SPELLED):
+        if any(metadata.get(key) == value for key, value in spelling(name).lora_labels.items() if key != "modelspec.implementation"):
             return name
     return None
 
 
 def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
     known = {path: name for path, name in said.items() if name is not None}
+    if settings.mode == "video":
+        known = {path: IN_CLIPS.get(name, name) for path, name in known.items()}
     if settings.family is not None:
         for path, name in known.items():
             if name != settings.family.name:
@@ -116,7 +122,15 @@ def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
         return next(iter(known.values()))
     if said:
         raise ConfigError(f"{next(iter(said))} does not say which family it is for; say family=<one of {', '.join(FAMILIES)}>.")
-    return DEFAULT_FAMILY
+    return DEFAULT_FAMILY[settings.mode]
+
+
+def _no_clips(name: str, said: Mapping[Path, str | None]) -> str:
+    families = ", ".join(family for family in FAMILIES if get(family).is_video)
+    if said:
+        kinds = " and ".join([*IN_CLIPS, families])
+        return f"mode=video: {next(iter(said))} is for {name}, which makes pictures; clips take LoRAs of {kinds}. Or say mode=picture."
+    return f"mode=video: family={name} makes pictures; say family={families}, or mode=picture."
 
 
 def _base(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> tuple[str, Path | None]:
