@@ -129,3 +129,16 @@ def test_a_start_that_makes_no_sense_is_refused(folder, stage, start, words):
             experiment="charworld_pretrain", pretrain={"stage": stage, "start": start, "pictures": 600}, run_dir=str(folder / "refused"),
             cache_dir=str(folder / "cache"),
         )  # fmt: skip
+
+
+def test_animatediff_starts_from_sdxl_and_loads_as_a_base(folder):
+    result = train(folder / "motion", "base", family="animatediff", pictures=16, clips=2, clip_share=0.5)
+    family, home = registry.get("animatediff"), Path(result["weights"]) / "animatediff"
+    parts = family.load(str(home))
+    assert parts.config["max_frames"] == 8 and family.process(parts).beta_schedule == "linear"
+    further = train(folder / "motion/on", "base", steps=4, family="animatediff", pictures=16, clips=2, clip_share=1.0, start=str(home.parent))
+    after = family.load(str(Path(further["weights"]) / "animatediff"))
+    for name in ("unet", "text_encoder"):  # both learn
+        pairs = zip(parts[name].parameters(), after[name].parameters(), strict=True)
+        assert any(not torch.equal(one, other) for one, other in pairs)
+    assert provenance(further, "animatediff/unet")["before"]["steps"] == 2

@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cache
 
 from charforgex.charworld import world
+from charforgex.charworld.clips import FRAMES
 
 SIZE = 64  # pixels
 LENGTH = 77
@@ -99,6 +100,32 @@ def unet(channels=(64, 96, 128), text_width: int = 192, pooled_width: int = 128)
         use_linear_projection=True, cross_attention_dim=text_width, addition_embed_type="text_time",
         addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + pooled_width,
     )  # fmt: skip
+
+
+def motion_text_encoder(tokens):
+    """Of Stable Diffusion 1.5's kind: the states behind the last norm are what its network reads. CLIP's first two layers begin it."""
+    from transformers import CLIPTextModel
+
+    config = text_config(tokens, 128, 128)
+    config.num_hidden_layers = 2
+    return CLIPTextModel(config)
+
+
+def motion_unet(channels=(64, 96, 96), text_width: int = 128, frames: int = FRAMES):
+    """AnimateDiff's network. Its motion modules start as the identity."""
+    from diffusers import UNetMotionModel
+
+    heads = tuple(c // 32 for c in channels)
+    network = UNetMotionModel(
+        sample_size=SIZE // 4, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"), num_attention_heads=heads,
+        use_linear_projection=True, cross_attention_dim=text_width, motion_num_attention_heads=heads, motion_max_seq_length=frames,
+    )  # fmt: skip
+    for name, parameter in network.named_parameters():
+        if "motion_modules" in name and ".proj_out." in name:
+            parameter.data.zero_()
+    return network
 
 
 def t5_tokenizer():

@@ -3,17 +3,20 @@
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
 that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of
 poses), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop
-that trains LoRAs: resumable at any instant, logged, with its checkpoints.
+that trains LoRAs: resumable at any instant, logged, with its checkpoints. AnimateDiff has a base alone, made from SDXL's embedded one.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -22,22 +25,23 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from charforgex import runs
+from charforgex.binding import Range
 from charforgex.charworld import models
 from charforgex.charworld.assets import ROOT, SCHEDULERS
 from charforgex.charworld.crowds import Cast
 from charforgex.charworld.poses import Moments
 from charforgex.config import bind
-from charforgex.data.rendered import RenderedBank
+from charforgex.data.rendered import RenderedBank, RenderedClips
 from charforgex.draws import python_rng
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.base import ALL, Family
 from charforgex.families.loading import weights_hash
 from charforgex.quiet import quiet
-from charforgex.training import report, stages
-from charforgex.training.character import choose_device
+from charforgex.training import filming, report, stages
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.detecting import FacesModule
+from charforgex.training.job import choose_device
 from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
 from charforgex.training.losses import Objective
@@ -47,7 +51,7 @@ from charforgex.training.run import Clock, Settings
 from charforgex.training.settings import Positive
 from charforgex.types import Components
 
-DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3}
+DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3, "animatediff": models.motion_unet}
 VARIANTS = 12  # pictures of each character in the judge's bank
 # stages that train no part of a base: their folders
 EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "captioner": "captioner"}
@@ -57,6 +61,8 @@ def folders(stage: str, family: str) -> list[str]:
     """What a stage trains. Flux and SD3 share all but the transformer."""
     if stage in EMBEDDED:
         return [EMBEDDED[stage]]
+    if family == "animatediff":
+        return [f"animatediff/{name}" for name in ("unet", "text_encoder", "tokenizer", "vae")]
     if stage in ("base", "guidance"):
         return [f"{family}/{registry.get(family).denoiser_name}"]
     if stage in ("vae", "decoder"):
@@ -69,10 +75,12 @@ def folders(stage: str, family: str) -> list[str]:
 @dataclass(frozen=True)
 class PretrainSettings:
     stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "pose", "captioner"]
-    family: Literal["sdxl", "flux", "sd3"] = "sdxl"
+    family: Literal["sdxl", "flux", "sd3", "animatediff"] = "sdxl"
     out: Path | None = None
     start: str | None = None
     pictures: Positive = 60000
+    clips: Positive = 6000
+    clip_share: Annotated[float, Range(at_least=0, at_most=1)] = 0.75
     batch_size: Positive = 32
 
 
@@ -179,6 +187,9 @@ def make_banks(options: PretrainSettings, cache: Path):
         return Moments(options.pictures, seed=1), Moments(800, seed=2, held_out=True)
     if options.stage == "faces":
         return Cast(options.pictures, seed=1), Cast(400, seed=2, held_out=True)
+    if options.family == "animatediff":
+        pictures, clips = RenderedBank(cache, options.pictures, seed=1), RenderedClips(cache, options.clips, seed=1)
+        return filming.Films(pictures, clips, options.clip_share), None
     variants = VARIANTS if options.stage == "judge" else 1
     unseen = RenderedBank(cache, 2400, seed=2, variants=variants, held_out=options.stage in ("judge", "text", "captioner"))
     return RenderedBank(cache, options.pictures, seed=1, variants=variants), unseen
@@ -232,6 +243,15 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
                 from charforgex.charworld.assets import load_detector
 
                 module.network.load_state_dict(load_detector(start).state_dict())
+        case "base" if options.family == "animatediff":
+            family, home = registry.get(options.family), start or Path(cfg.cache_dir) / "motion_start"
+            if start is None:
+                filming.write_start(home / family.name)
+                write_index(home / family.name)
+            parts = family.load(str(home / family.name))
+            kept = partial(kept_latents, cfg, family, parts, home)
+            latents = {"pictures": kept(bank.pictures, filming.frames_of), "clips": kept(bank.clips, filming.clips_of, batch_size=30)}
+            module = filming.FilmModule(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
         case "base" | "guidance":
             if options.stage == "guidance" and (start is None or options.family != "flux"):
                 raise ConfigError(
@@ -239,12 +259,19 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
                 )
             family = registry.get(options.family)
             parts = base_parts(family, start or ROOT, fresh=start is None)
-            vae = weights_hash(family, str((start or ROOT) / family.name), "vae")
-            path = Path(cfg.cache_dir) / f"latents_{bank.name}_{vae[:16]}.npy"
-            latents = stages.encode_bank(family, parts, bank, path)
+            latents = kept_latents(cfg, family, parts, start or ROOT, bank, stages.pixels_of)
             kind = stages.BaseModule if options.stage == "base" else stages.GuidanceModule
             module = kind(family, parts, latents, objective=bind(Objective, cfg.loss, "loss"), **common)
     return module
+
+
+def kept_latents(
+    cfg: DictConfig, family: Family, parts: Components, home: Path, bank, pixels: Callable, batch_size: int = 250
+) -> np.ndarray:
+    """`stages.encode_bank`, kept in cache_dir under the VAE's and the bank's names."""
+    vae = weights_hash(family, str(home / family.name), "vae")
+    path = Path(cfg.cache_dir) / f"latents_{bank.name}_{vae[:16]}.npy"
+    return stages.encode_bank(family, parts, bank, path, pixels, batch_size)
 
 
 def load_vae(folder: Path) -> nn.Module:
@@ -273,6 +300,13 @@ def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path)
                 module.network.register_to_config(scaling_factor=round(1 / std, 5), **shift)
             for folder in folders(options.stage, options.family):
                 _save(module.network, out / folder)
+        case "base" if options.family == "animatediff":
+            home = out / options.family
+            for name in ("unet", "text_encoder"):
+                _save(module.base[name], home / name)
+            for name in ("vae", "tokenizer"):
+                shutil.copytree(Path(module.base.source) / name, home / name, dirs_exist_ok=True)
+            write_index(home)
         case "base" | "guidance":
             _save(module.denoiser, out / folders("base", options.family)[0])
             write_index(out / options.family)

@@ -362,13 +362,13 @@ class BaseModule(DenoiserModule):
     def __init__(self, family: Family, parts: Components, latents: np.ndarray, **settings):
         trainable, frozen = dict(parts.denoiser.named_parameters()), LiveText(family, Components(parts.source, parts.denoiser_name))
         super().__init__(family, parts.denoiser, family.process(parts), trainable=trainable, live=frozen, **settings)
-        self.parts, self.latents = parts, latents
+        self.base, self.latents = parts, latents
 
     def batch(self, bank: RenderedBank, indices: Sequence[int], rng: random.Random) -> Batch:
         captions = ["" if rng.random() < self.dropout else bank.caption(i, rng)[0] for i in indices]
         posterior = torch.from_numpy(np.stack([self.latents[i] for i in indices])).float()
         side = bank.pixels.shape[1]
-        return Batch(posterior[:, 0], posterior[:, 1], self.family.encode_text(self.parts, captions), Crop.whole(len(indices), side, side))
+        return Batch(posterior[:, 0], posterior[:, 1], self.family.encode_text(self.base, captions), Crop.whole(len(indices), side, side))
 
 
 class GuidanceModule(BaseModule):
@@ -398,12 +398,15 @@ class GuidanceModule(BaseModule):
         return diffusion_loss(prediction, guided, torch.ones(len(micro)))
 
 
-def encode_bank(family: Family, parts: Components, bank: RenderedBank, path: Path, batch_size: int = 250) -> np.ndarray:
-    """Posterior means and standard deviations of a whole bank, float16 (N, 2, C, h, w), kept in `path` and memory-mapped."""
+def encode_bank(family: Family, parts: Components, bank, path: Path, pixels: Callable = pixels_of, batch_size: int = 250) -> np.ndarray:
+    """Posterior means and standard deviations of a whole bank, float16 (N, 2, C, h, w), kept in `path` and memory-mapped.
+
+    `pixels(bank, rows)` are what the family encodes: of clips there is a T between C and h.
+    """
     if not path.exists():
         rows = []
         for start in track(range(0, len(bank), batch_size), "encoding pictures", console=Console(stderr=True)):
-            mean, std = family.encode_pixels(parts, pixels_of(bank, range(start, min(start + batch_size, len(bank)))))
+            mean, std = family.encode_pixels(parts, pixels(bank, range(start, min(start + batch_size, len(bank)))))
             rows.append(torch.stack([mean, std], 1).half().numpy())
         with replace_atomic(path) as temporary:
             np.save(temporary, np.concatenate(rows))

@@ -16,6 +16,11 @@ SCHEDULERS = {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True, "base_shift": 0.63,
         "max_shift": 1.15, "base_image_seq_len": 64, "max_image_seq_len": 256, "shift": 3.0,
     },
+    "animatediff": {
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": False,
+        "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": False, "steps_offset": 1,
+        "timestep_spacing": "trailing",
+    },
     "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.8776},
 }  # fmt: skip
 
