@@ -136,7 +136,9 @@ def test_animatediff_starts_from_sdxl_and_loads_as_a_base(folder):
     family, home = registry.get("animatediff"), Path(result["weights"]) / "animatediff"
     parts = family.load(str(home))
     assert parts.config["max_frames"] == 8 and family.process(parts).beta_schedule == "linear"
-    further = train(folder / "motion/on", "base", steps=4, family="animatediff", pictures=16, clips=2, clip_share=1.0, start=str(home.parent))
+    further = train(
+        folder / "motion/on", "base", steps=4, family="animatediff", pictures=16, clips=2, clip_share=1.0, start=str(home.parent)
+    )
     after = family.load(str(Path(further["weights"]) / "animatediff"))
     for name in ("unet", "text_encoder"):  # both learn
         pairs = zip(parts[name].parameters(), after[name].parameters(), strict=True)
