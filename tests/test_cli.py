@@ -151,6 +151,16 @@ def test_curate_report_only_looks(monkeypatch):
     assert called == [("curate", ["only_report=true", "data.root=x"]), ("curate", ["data.root=report"])]
 
 
+@pytest.mark.parametrize("command", [["curate.py"], ["charforgex", "curate"]])
+def test_curate_clips_is_a_command_of_its_own(command, monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "guarded", lambda *told: called.append(told[:3]) or 0)
+    monkeypatch.setattr(sys, "argv", [*command, "clips", "data.root=x"])
+    with pytest.raises(SystemExit):
+        cli.run("curate") if command == ["curate.py"] else cli.main()
+    assert called == [(cli.CURATE_CLIPS, "curate_clips", ["data.root=x"])]
+
+
 @pytest.mark.parametrize("command", [path.stem for path in sorted(ROOT.glob("*.py"))])
 def test_scripts_and_console_script_are_the_same_program(command, tmp_path):
     """From another folder, with an unknown setting: the same answer, and nothing heavy was imported for it."""

@@ -12,7 +12,7 @@ from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = r"train|generate|interpolate|curate|evaluate|compare|votes|bench|merge|lora \w+"
+OURS = r"train|generate|interpolate|curate clips|curate|evaluate|compare|votes|bench|merge|lora \w+"
 COMMAND = re.compile(rf"(?:python (?=\w+\.py)|charforgex )({OURS})(?:\.py)?((?: [^\n`#]*)?)")
 
 

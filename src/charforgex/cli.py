@@ -21,7 +21,10 @@ from charforgex.overrides import quote_texts
 from charforgex.runs import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK
 
 COMMANDS = {
-    "curate": ("charforgex.curation.run:curate", "a mess of pictures, archives and clips to a dataset; curate report only looks"),
+    "curate": (
+        "charforgex.curation.run:curate",
+        "a mess of pictures, archives and videos to a dataset; curate report only looks, curate clips makes clips of videos",
+    ),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
     "interpolate": ("charforgex.generation.interpolate:interpolate", "frames between a video's frames: smoother, at the same speed"),
@@ -31,6 +34,7 @@ COMMANDS = {
     "bench": ("charforgex.training.bench:bench", "bench characters: is a change of the training a better one?"),
     "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
+CURATE_CLIPS = "charforgex.curation.clips.run:curate_clips"  # `charforgex curate clips`, which conf/curate_clips.yaml is of
 # What may stand alone on the command line, by its end, and its setting
 FILES = {
     "merge": (".safetensors", "lora"), "evaluate": ("", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"),
@@ -120,9 +124,13 @@ def settings_first(arguments: Sequence[str]) -> list[str]:
 
 def run(command: str, arguments: Sequence[str] | None = None, root: Path | None = None) -> None:
     """Runs one command with Hydra's command line and exits. `root` is a checkout whose conf/ comes before the packaged one."""
-    entry, _ = COMMANDS[command] if command in COMMANDS else TOOLS[command.removeprefix("lora_")]
+    given = list(sys.argv[1:] if arguments is None else arguments)
     name = sys.argv[0] if arguments is None else f"{Path(sys.argv[0]).name} {command.replace('lora_', 'lora ')}"
-    arguments = quote_texts(sys.argv[1:] if arguments is None else arguments)
+    if command == "curate" and given[:1] == ["clips"]:
+        command, given, entry = "curate_clips", given[1:], CURATE_CLIPS
+    else:
+        entry, _ = COMMANDS[command] if command in COMMANDS else TOOLS[command.removeprefix("lora_")]
+    arguments = quote_texts(given)
     if command in FILES:
         arguments = with_files(arguments, *FILES[command])
     folder = root / "conf" if root and (root / "conf").is_dir() else None

@@ -71,6 +71,11 @@ def as_png(data: bytes) -> Markup:
     return _source(data, "png")
 
 
+def as_jpeg(data: bytes) -> Markup:
+    """The same of a JPEG file."""
+    return _source(data, "jpeg")
+
+
 def _source(data: bytes, kind: str) -> Markup:
     from markupsafe import Markup
 

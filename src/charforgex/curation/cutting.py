@@ -29,11 +29,12 @@ VERSION = 2
 def file_name(finding: Finding, framing: str) -> str:
     """Where a cut goes, in its subfolder: readable, unique, and the same in every run."""
     folders, _, last = finding.name.replace("!/", "/").rpartition("/")
-    stem = _plain(last.rpartition(".")[0] or last)[-40:] or "picture"
-    return "/".join([*(_plain(part) or "folder" for part in folders.split("/") if part), f"{stem}_{finding.sha256[:10]}_{framing}.png"])
+    stem = plain_name(last.rpartition(".")[0] or last)[-40:] or "picture"
+    return "/".join([*(plain_name(part) or "folder" for part in folders.split("/") if part), f"{stem}_{finding.sha256[:10]}_{framing}.png"])
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """What of a name every file system and every tool takes."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
@@ -48,7 +49,7 @@ def cut(job: Job) -> list[dict[str, Any]]:
     memo = Path(job["cache"]) / FOLDER / f"{shards.digest([VERSION, {**job, 'wanted': None}])}.json"
     before = json.loads(memo.read_text(encoding="utf-8")) if memo.exists() else {}
     wanted = {name: shards.digest(what) for name, what in job["wanted"].items()}
-    done = {name: known for name, known in before.items() if known["wanted"] == wanted.get(name) and _are_there(known["rows"], out)}
+    done = {name: known for name, known in before.items() if known["wanted"] == wanted.get(name) and are_there(known["rows"], out)}
     left, wrong = wanted.keys() - done.keys(), []
     if not left:
         return [row for known in done.values() for row in known["rows"]]
@@ -72,7 +73,7 @@ def cut(job: Job) -> list[dict[str, Any]]:
     return [row for known in done.values() for row in known["rows"]] + wrong
 
 
-def _are_there(rows: list[dict[str, Any]], out: Path) -> bool:
+def are_there(rows: list[dict[str, Any]], out: Path) -> bool:
     """Whether pictures and masks are what was written, and not what a run with other settings put in their place."""
     files = [(row["file"], row["sha256"]) for row in rows] + [(row["mask"], row["mask_sha256"]) for row in rows if row["mask"]]
     return all((out / file).is_file() and sha256_file(out / file) == sha256 for file, sha256 in files)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from charforgex.curation.captions.base import Captioner
+    from charforgex.curation.captions.cache import Job
     from charforgex.curation.captions.rules import CaptionRules
+    from charforgex.curation.captions.settings import CaptionSettings
 
 PICTURES = "pictures"  # the dataset's own folder: pictures, captions and masks as every trainer reads them, and the manifest
 MANIFEST = "manifest.jsonl"
@@ -205,7 +207,7 @@ def caption(
     A caption that somebody changed by hand beside a picture of an earlier run stays as it was changed.
     """
     from charforgex.curation.captions.base import Context
-    from charforgex.curation.captions.cache import Job, caption_all
+    from charforgex.curation.captions.cache import Job
 
     rules, pictures = settings.rules, out / PICTURES
     captions = Captions(edited(pictures))
@@ -221,41 +223,50 @@ def caption(
             jobs.append(Job(row["sha256"], lambda path=pictures / file: Image.open(path).convert("RGB"), context))
             of_key[row["sha256"]] = file
     if captioner is not None and jobs:
-        told, trouble = settings.captions, []
-
-        def note(name: str, why: str) -> None:
-            trouble.append(f"{name}: {why}")
-
-        bar.start(f"captions by {', '.join(told.backends)}", len(jobs))
-        store = cache_dir / "captions"
-        with quiet("transformers"):
-            for key, text in caption_all(captioner, jobs, store, told.batch_size, note, bar.step):
-                captions.add(of_key[key], text.splitlines(), rules, getattr(text, "about", {}))
-        for line in trouble[:NOTED]:
-            bar.console.print(f"[yellow]no caption for {line}", highlight=False)
+        ask(captioner, jobs, of_key, captions, cache_dir, settings.captions, rules, bar)
     return captions
 
 
-def captioner_of(settings: CurationSettings) -> Captioner | None:
+def ask(
+    captioner: Captioner, jobs: Sequence[Job], of_key: Mapping[str, str], captions: Captions, cache_dir: Path, told: CaptionSettings,
+    rules: CaptionRules, bar: Bar,
+) -> None:  # fmt: skip
+    """Adds what the captioner says of each job; `of_key` has their files."""
+    from charforgex.curation.captions.cache import caption_all
+
+    trouble: list[str] = []
+
+    def note(name: str, why: str) -> None:
+        trouble.append(f"{name}: {why}")
+
+    bar.start(f"captions by {', '.join(told.backends)}", len(jobs))
+    with quiet("transformers"):
+        for key, text in caption_all(captioner, jobs, cache_dir / "captions", told.batch_size, note, bar.step):
+            captions.add(of_key[key], text.splitlines(), rules, getattr(text, "about", {}))
+    for line in trouble[:NOTED]:
+        bar.console.print(f"[yellow]no caption for {line}", highlight=False)
+
+
+def captioner_of(told: CaptionSettings) -> Captioner | None:
     """Who writes the captions, its model not loaded yet; None where nobody is asked. Raises ConfigError or ModelError."""
     from charforgex.curation.captions.base import get_captioner
 
-    return None if settings.captions.backends == ("sidecar",) else get_captioner(settings.captions)  # which has no more than is known
+    return None if told.backends == ("sidecar",) else get_captioner(told)  # which has no more than is known
 
 
-def edited(pictures: Path) -> dict[str, tuple[str, ...]]:
-    """Captions beside the pictures of an earlier run that are not what it wrote, or were not in one before: somebody improved them."""
+def edited(folder: Path, manifest: str = MANIFEST) -> dict[str, tuple[str, ...]]:
+    """Captions in the dataset of an earlier run that are not what it wrote, or were not in one before: somebody improved them."""
     written: dict[str, set[tuple[str, ...]]] = {}
     by_hand = set()
-    for manifest in (pictures / MANIFEST, pictures / NEXT):  # the latter of a run that was stopped while it wrote captions
-        for line in manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else ():
+    for path in (folder / manifest, folder / NEXT):  # the latter of a run that was stopped while it wrote captions
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             record = json.loads(line)
             written.setdefault(record["path"], set()).add(tuple(record["captions"]))
             if record["facts"].get(BY_HAND):
                 by_hand.add(record["path"])
     found = {}
     for name, captions in written.items():
-        path = (pictures / name).with_suffix(".txt")
+        path = (folder / name).with_suffix(".txt")
         texts = tuple(text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()) if path.is_file() else None
         if texts is not None and (texts not in captions or name in by_hand):
             found[name] = texts
@@ -298,24 +309,25 @@ def assemble(
     manifest = Manifest(pictures, tuple(records))
     if not records:
         return manifest
-    manifest.write(pictures / NEXT)
-    for record in records:
-        write_atomic((pictures / record.path).with_suffix(".txt"), "".join(text + "\n" for text in record.captions))
-    manifest.write(pictures / MANIFEST)  # what a later run compares captions with, to see what somebody changed
+    publish(manifest, MANIFEST, also=["manifest.parquet"])
     if settings.manifest == "parquet":
         manifest.write(pictures / "manifest.parquet")
     if settings.webdataset:
         write_webdataset(manifest, out / "webdataset")
-    belongs = (
-        {MANIFEST, "manifest.parquet"}
-        | {r.path for r in records}
-        | {r.mask for r in records}
-        | {r.path.removesuffix(".png") + ".txt" for r in records}
-    )
-    for path in sorted(pictures.rglob("*")):  # of an earlier run over other files; the folder is ours
-        if path.is_file() and path.relative_to(pictures).as_posix() not in belongs:
-            path.unlink()
     return manifest
+
+
+def publish(manifest: Manifest, name: str, also: Sequence[str] = ()) -> None:
+    """Writes the manifest and the captions beside its files, and removes all else from its folder, which is ours, but for `also`."""
+    manifest.write(manifest.root / NEXT)
+    texts = {PurePosixPath(record.path).with_suffix(".txt").as_posix(): record.captions for record in manifest.records}
+    for path, captions in texts.items():
+        write_atomic(manifest.root / path, "".join(text + "\n" for text in captions))
+    manifest.write(manifest.root / name)  # what a later run compares captions with, to see what somebody changed
+    belongs = {name, *also, *texts} | {record.path for record in manifest.records} | {record.mask for record in manifest.records}
+    for path in sorted(manifest.root.rglob("*")):  # of an earlier run over other files
+        if path.is_file() and path.relative_to(manifest.root).as_posix() not in belongs:
+            path.unlink()
 
 
 def rounded(scores: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
+    from charforgex.curation.captions.rules import CaptionRules
     from charforgex.curation.settings import CurationSettings
 
 
@@ -76,6 +77,12 @@ def check_out(out: Path, root: Path) -> None:
         raise ConfigError(f"out={out} holds what was made of {before}, and this run is over {root}; name another folder.")
 
 
+def check_apart(root: Path, out: Path) -> None:
+    """Raises ConfigError where a run would remove what it reads."""
+    if root.is_dir() and root.is_relative_to(out):
+        raise ConfigError(f"data.root={root} lies in out={out}, where a dataset is written and old files are removed; move one away.")
+
+
 def make_dataset(
     source: Source, settings: CurationSettings, out: Path, cache_dir: Path, console: Console, only_report: bool = False
 ) -> dict[str, Any]:
@@ -89,14 +96,11 @@ def make_dataset(
     started = time.perf_counter()
     out, cache_dir = out.resolve(), cache_dir.resolve()
     root = ingest.check_root(source.root)
-    if root.is_dir() and root.is_relative_to(out):
-        raise ConfigError(
-            f"data.root={source.root} lies in out={out}, where a dataset is written and old files are removed; move one away."
-        )
-    rules = bind_rules(settings, source)
+    check_apart(root, out)
+    rules = bind_rules(settings.rules, source)
     if settings.manifest == "parquet":
         exports.need_pyarrow()
-    captioner = None if only_report else pipeline.captioner_of(settings)
+    captioner = None if only_report else pipeline.captioner_of(settings.captions)
     character = deciding.character(settings)
     units = ingest.units(root, settings.ingest, leave_out=[out, cache_dir])
     if not units:
@@ -130,13 +134,13 @@ def make_dataset(
     return result
 
 
-def bind_rules(settings: CurationSettings, source: Source) -> Any:
+def bind_rules(rules: CaptionRules, source: Source) -> CaptionRules:
     """The caption rules with the trigger and class of `source`, which may be given in one place only."""
     given = {"trigger": source.trigger, "class_word": source.class_word}
     for name, value in given.items():
-        if value is not None and getattr(settings.rules, name) is not None:
-            raise ConfigError(f"data.{name}={value} and curation.rules.{name}={getattr(settings.rules, name)} say it twice; drop one.")
-    return replace(settings.rules, **{name: value for name, value in given.items() if value is not None})
+        if value is not None and getattr(rules, name) is not None:
+            raise ConfigError(f"data.{name}={value} and curation.rules.{name}={getattr(rules, name)} say it twice; drop one.")
+    return replace(rules, **{name: value for name, value in given.items() if value is not None})
 
 
 if __name__ == "__main__":

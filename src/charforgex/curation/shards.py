@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import accumulate, pairwise
@@ -64,16 +64,11 @@ class Tools:
 
 @cache
 def tools(settings: str) -> Tools:
-    import cv2
-    import torch
-
     from charforgex.curation.faces import get_detector
     from charforgex.embedders import get_clip, get_embedder
 
     told = bind(ScanSettings, json.loads(settings), "curation")
-    if os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
+    one_thread()
     with quiet("transformers"):
         return Tools(
             get_detector(told.faces),
@@ -83,21 +78,43 @@ def tools(settings: str) -> Tools:
         )
 
 
+def one_thread() -> None:
+    """What OMP_NUM_THREADS=1 says, for OpenCV, which does not read it, and for a torch that was imported before."""
+    import cv2
+    import torch
+
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+
+
 def scan(job: Job) -> str:
     """Does the shard of `job` (root, cache, settings, units) unless it is there. Returns the name of its folder."""
     root, store = Path(job["root"]), Path(job["cache"]) / FOLDER
     units = [ingest.Unit.from_json(unit) for unit in job["units"]]
     settings = json.dumps(job["settings"], sort_keys=True)
     outside = digest([VERSION, settings, str(root.resolve()), [[u.path, u.stamps] for u in units]])
+
+    def name() -> str:
+        return digest([VERSION, settings, [[u.path, ingest.content_hashes(root, u)] for u in units]])
+
+    return kept(store, outside, name, lambda folder: write_shard(folder, root, units, settings))
+
+
+def kept(store: Path, outside: str, content: Callable[[], str], write: Callable[[Path], None]) -> str:
+    """Has a folder of findings written into `store` unless it is there, whole or not at all. Returns its name, the digest `content()`.
+
+    `outside` is a digest of what can be told without reading the files: while that stays, they are not read again.
+    """
     memo = store / "known" / f"{outside}.json"
     if memo.exists() and (store / (name := json.loads(memo.read_text())["shard"])).is_dir():
         return name
-    name = digest([VERSION, settings, [[u.path, ingest.content_hashes(root, u)] for u in units]])
+    name = content()
     if not (store / name).is_dir():
         store.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=store, prefix=UNFINISHED))
         try:
-            write_shard(temporary, root, units, settings)
+            write(temporary)
             fsync_folder(temporary)
             os.rename(temporary, store / name)
         except OSError:

@@ -108,8 +108,8 @@ class Scores:
         self.count += 1
         if self.times and 0 <= time - self.times[-1] < 1 / LOOKS - 0.001:
             return
-        grey = self.large.reformat(frame, *_fit(frame, LOOK), format="gray", threads=1).to_ndarray()
-        view = View.of(self.small.reformat(frame, *_fit(frame, SMALL), format="rgb24", threads=1).to_ndarray())
+        grey = self.large.reformat(frame, *fitted(frame, LOOK), format="gray", threads=1).to_ndarray()
+        view = View.of(self.small.reformat(frame, *fitted(frame, SMALL), format="rgb24", threads=1).to_ndarray())
         scene = self.scenes[-1] if self.scenes else 0
         if self.before is None:
             self.first = view
@@ -129,7 +129,8 @@ class Scores:
         return Verdict(self.problems[0].kind, f"{self.problems[0].reason}; {used}") if self.problems else Verdict("container", used)
 
 
-def _fit(frame: av.VideoFrame, side: int) -> tuple[int, int]:
+def fitted(frame: av.VideoFrame, side: int) -> tuple[int, int]:
+    """The stored frame's width and height, reduced to at most `side` pixels."""
     scale = min(1.0, side / max(frame.width, frame.height))
     return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
 
