@@ -40,7 +40,7 @@ WIDER = 3  # pixels around the figure that do not count as background
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip is asked to show: a character with hair that no model was trained on, somewhere, moving."""
+    """What a clip is asked to show: a character, somewhere, moving."""
 
     who: world.Identity
     setting: world.Context
@@ -54,12 +54,12 @@ class Scene:
         return clips.draw_clip(self.who, self.setting, self.motion)
 
 
-def scenes(name: str, count: int, purpose: str) -> list[Scene]:
-    """The characters are the same for every motion."""
+def scenes(name: str, count: int, purpose: str, held_out: bool = True) -> list[Scene]:
+    """The characters are the same for every motion; `held_out` ones have hair that no model was trained on."""
     found = []
     for number in range(count):
         rng = random.Random(f"benchmarks/motion {purpose} {number}")
-        who, setting = world.draw_identity(rng, held_out=True), clips.draw_setting(rng)
+        who, setting = world.draw_identity(rng, held_out), clips.draw_setting(rng)
         found.append(Scene(who, setting, clips.draw_motion(rng, name)))
     return found
 
@@ -220,31 +220,16 @@ def trained(name: str, folder: Path, options: argparse.Namespace) -> Path:
 
     run_dir = folder / name
     if not (run_dir / "result.json").exists():
-        settings = {"trainer": {"steps": 2, "threads": 1}} if options.quick else {}
+        settings = {"trainer": {"steps": 2}, "evaluation": {"every": 2}, "sampling": {"steps": 2}} if options.quick else {}
         charforgex.train(
-            experiment="animatediff_motion", motion={"name": name}, family={"source": options.source}, run_dir=str(run_dir),
+            experiment="animatediff_motion", data={"source": f"charworld:{name}"}, family={"source": options.source}, run_dir=str(run_dir),
             cache_dir=str(folder / "cache"), name=name, **settings,
         )  # fmt: skip
     return run_dir
 
 
-def halves(run_dir: Path, base) -> dict:
-    """What a run learnt, as two LoRAs: temporal (in motion modules) and spatial (anywhere else)."""
-    from charforgex.lora.formats import open_lora
-    from charforgex.lora.state import Lora
-
-    told, layers = json.loads((run_dir / "result.json").read_text(encoding="utf-8")), {}
-    for key in ("temporal", "spatial"):
-        with open_lora(Path(told[key]), base.names) as file:
-            layers |= file.load().layers
-    parts: dict[str, dict] = {"temporal": {}, "spatial": {}}
-    for path, layer in layers.items():
-        parts["temporal" if ".motion_modules." in path else "spatial"][path] = layer
-    return {half: Lora(found) for half, found in parts.items()}
-
-
 HALVES = ("temporal", "spatial", "both")
-VARIANTS = {"base": (), "temporal": ("temporal",), "spatial": ("spatial",), "both": ("temporal", "spatial")}
+VARIANTS = {"base": (), "temporal": ("lora",), "spatial": ("look",), "both": ("lora", "look")}  # files of a run
 
 
 class Base:
@@ -261,13 +246,14 @@ class Base:
         with quiet():
             self.parts = self.family.load(source)
 
-    def draw(self, wanted: list[Scene], halves: dict, variant: str) -> list[np.ndarray]:
-        """A clip of each scene, the same noise for the same number whatever the variant."""
+    def draw(self, wanted: list[Scene], told: dict, variant: str) -> list[np.ndarray]:
+        """A clip of each scene by what a run's result.json tells of, the same noise for the same number whatever the variant."""
         from charforgex.generation.clips import decode_frames, sample_clip
+        from charforgex.lora.formats import read
         from charforgex.lora.inject import load_adapter, unload_adapter
 
         for half in VARIANTS[variant]:
-            load_adapter(self.parts, halves[half], half)
+            load_adapter(self.parts, read(told[half], self.family, self.parts.denoiser.config), half)
         found, side = [], self.family.default_size(self.parts)
         negative = self.family.encode_text(self.parts, [""])
         for number, scene in enumerate(wanted):
@@ -374,10 +360,10 @@ def main() -> None:
         rows: dict[str, dict] = {name: {} for name in options.motions}
         base = Base(options.source, 3 if options.quick else None)
         for name in options.motions:
-            run_dir, wanted = trained(name, options.runs, options), scenes(name, options.count, "asked")
-            seconds[name] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["seconds"]
-            learnt = halves(run_dir, base)
-            drawn = {variant: base.draw(wanted, learnt, variant) for variant in VARIANTS}
+            run_dir, wanted = trained(name, options.runs, options), scenes(name, options.count, "drawn", held_out=False)
+            result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+            seconds[name] = result["seconds"]
+            drawn = {variant: base.draw(wanted, result, variant) for variant in VARIANTS}
             drawn |= {"other": [spoilt("another motion", *one) for one in zip(wanted, range(len(wanted)), strict=True)]}
             drawn |= {"real": [scene.rendered() for scene in wanted]}
             for variant, found in drawn.items():
