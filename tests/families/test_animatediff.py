@@ -10,7 +10,8 @@ from charforgex.errors import ConfigError, LoraError
 from charforgex.families.animatediff import CHUNK, TARGETS, AnimateDiff
 from charforgex.families.bases import get
 from charforgex.lora import formats, writing
-from charforgex.lora.inject import adapter_parameters, inject, read_adapter
+from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, unload_adapter
+from charforgex.lora.state import Lora, LoraLayer
 from charforgex.types import Components, Crop
 
 FAMILY = AnimateDiff()
@@ -171,6 +172,36 @@ def test_every_layer_of_a_preset_learns(parts, preset):
     assert kinds == set(TARGETS[preset])
 
 
+def test_motion_loras_on_proj_in_and_proj_out_act_as_weights_do(parts):
+    """diffusers names the argument of their calls, which peft's own layers do not take."""
+    text, clip, t = FAMILY.encode_text(parts, CAPTIONS), draw(2, 4, 3, 6, 8), torch.tensor([0.3, 0.8])
+    paths = [path for path in FAMILY.lora_targets("attention_mlp", parts.denoiser.config) if path.endswith(("s.0.proj_in", "s.0.proj_out"))]
+    paths = [path for path in paths if "motion_modules" in path]
+    assert len(paths) == 10
+
+    def predicted(some):
+        with torch.no_grad():
+            return FAMILY.denoise(some.denoiser, clip, t, text, CROP)
+
+    def lora(seed):
+        sizes = {path: parts.denoiser.get_submodule(path).weight.shape for path in paths}
+        return Lora({f"unet.{path}": LoraLayer(draw(2, size[1]) * seed, draw(size[0], 2) * 0.1, 2.0) for path, size in sizes.items()})
+
+    changed = FAMILY.tiny()
+    before = predicted(changed)
+    load_adapter(changed, lora(1), "first")
+    load_adapter(changed, lora(2), "second", 0.5)
+    merged = FAMILY.tiny()
+    for path in paths:
+        layer = lora(1).layers[f"unet.{path}"].delta() + 0.5 * lora(2).layers[f"unet.{path}"].delta()
+        merged.denoiser.get_submodule(path).weight.data += layer
+    assert (predicted(merged) - before).abs().max() > 0.01
+    torch.testing.assert_close(predicted(changed), predicted(merged), rtol=1e-4, atol=1e-5)
+    unload_adapter(changed, "first")
+    unload_adapter(changed, "second")
+    assert torch.equal(predicted(changed), before)
+
+
 def test_the_published_base_has_the_same_presets():
     """Of SD1.5: 16 blocks with two attentions of four layers; 20 motion modules with as many, 21 with the one in the middle."""
     for name, motion in (("animatediff_v3", 20), ("animatediff_v2", 21)):
@@ -178,6 +209,8 @@ def test_the_published_base_has_the_same_presets():
         assert len(FAMILY.lora_targets("spatial", config)) == 16 * 8
         assert len(FAMILY.lora_targets("temporal", config)) == motion * 8
         assert len(FAMILY.lora_targets("attention", config)) == 16 * 8 + motion * 8
+        both = [path for path in FAMILY.lora_targets("attention_mlp", config) if path.endswith((".proj_in", ".proj_out"))]
+        assert len(both) == 2 * (16 + motion)
     with pytest.raises(ConfigError, match=r"lora\.targets=motion.*temporal"):
         FAMILY.lora_targets("motion", config)
 

@@ -1,6 +1,8 @@
 """Files as others publish them: their real keys and shapes (keys/), read whole, or refused by the name of what they are."""
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,26 @@ from charforgex.families import bases, registry
 from charforgex.families.spelled import AnimateDiff
 from charforgex.lora import formats, lycoris, names, writing
 from charforgex.lora.formats import LoraFile
-from charforgex.lora.identify import family_of, identify
+from charforgex.lora.identify import family_of, half_of, identify
 from charforgex.lora.state import Lora, LoraLayer
+from tests.families.conftest import motion_listing
 
 
 def listing(rows) -> dict[str, tuple[int, ...]]:
-    """Key -> shape. A row is a key and a shape, and for a key with {} the first and the last number that stands there."""
-    spans = [(key, tuple(shape), range(span[0], span[1] + 1) if span else [None]) for key, shape, *span in rows]
-    return {key.replace("{}", str(i), 1): shape for key, shape, numbers in spans for i in numbers}
+    """Key -> shape. A row is a key and a shape, and for each {} of the key the first and the last number that stands there."""
+    found = {}
+    for key, shape, *span in rows:
+        for numbers in itertools.product(*(range(first, last + 1) for first, last in zip(span[::2], span[1::2], strict=True))):
+            found[key.format(*numbers)] = tuple(shape)
+    return found
 
 
-REAL = {who: listing(rows) for who, rows in json.loads((Path(__file__).parent / "keys" / "flux.json").read_text()).items()}
+def listings(name: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """By who writes them."""
+    return {who: listing(rows) for who, rows in json.loads((Path(__file__).parent / "keys" / f"{name}.json").read_text()).items()}
+
+
+REAL = listings("flux")
 CONTROL = "Black Forest Labs, control"
 LAYERS = {  # format, layers, kind
     "ai-toolkit": ("comfyui", 418, "lora"), "diffusers": ("diffusers", 494, "lora"), "peft": ("diffusers", 381, "lora"),
@@ -200,8 +211,44 @@ def test_stable_diffusion_15_is_written_as_sd_scripts_names_it():
     assert isinstance(names_of, names.Names)
 
 
+MOTION = listings("animatediff")
+MOTION_LAYERS = {  # format, base, layers of each half
+    "AnimateDiff": ("animatediff", "animatediff_v2", {"temporal": 21 * 8}),
+    "AnimateDiff-MotionDirector, temporal": ("animatediff", "animatediff_v3", {"temporal": 20 * 10}),
+    "AnimateDiff-MotionDirector, temporal, its own names": ("diffusers", "animatediff_v3", {"temporal": 20 * 10}),
+    "AnimateDiff-MotionDirector, spatial": ("diffusers", "sd15", {"spatial": 16 * 10}),
+    "diffusers, both": ("diffusers", "animatediff_v3", {"spatial": 16 * 8, "temporal": 20 * 8}),
+}
+
+
+@pytest.mark.parametrize("who", MOTION_LAYERS)
+def test_motion_loras_are_understood_whole(who):
+    format, name, halves = MOTION_LAYERS[who]
+    found = bases.base_of(MOTION[who], {})
+    assert (identify(MOTION[who]), found.name) == (format, name)
+    layers = LoraFile(MOTION[who], {}, found.names, None).names
+    assert Counter(map(half_of, layers)) == halves and 2 * len(layers) == len(MOTION[who])
+
+
+def test_what_is_written_finds_its_weights_where_motion_loras_are_read():
+    """AnimateDiff's own loader, and ComfyUI-AnimateDiff-Evolved's, make a weight's name of a key by leaving out parts of it, whatever the
+    layer is. Of every motion module's every layer that must be a key of the published motion modules, of the factors' size."""
+    base, weights = bases.get("animatediff_v2"), motion_listing("v2")
+    motion = [name for name in base.shapes if half_of(name) == "temporal"]
+    assert len(motion) == 21 * 12  # 8 of attention, 2 of the MLP, proj_in and proj_out
+    layers = {n: LoraLayer(torch.zeros(1, base.shapes[n][1]), torch.zeros(base.shapes[n][0], 1), 1.0) for n in motion}
+    names_in_file = {parts[0][0]: name for name, parts in base.names.table("animatediff").items()}
+    for name, layer in layers.items():
+        key = f"{names_in_file[name]}.down.weight"
+        assert "temporal" in key and "up." not in key  # without the one it is passed over, and with the other taken for the second factor
+        for left_out in ("processor.", "_lora", "down.", "up."):
+            key = key.replace(left_out, "")
+        key = key if "to_out.0." in key else key.replace("to_out.", "to_out.0.")
+        assert weights[key] == (layer.up.shape[0], layer.down.shape[1])
+
+
 def test_motion_modules_are_written_in_names_that_somebody_reads():
-    """AnimateDiff's own for their attention, diffusers' for all of them; ComfyUI's and kohya's files cannot hold them."""
+    """AnimateDiff's own and diffusers'; ComfyUI's and kohya's files cannot hold them."""
     names_of = bases.get("animatediff_v2").names
     motion = "unet.mid_block.motion_modules.0.transformer_blocks.0"
     for format in ("comfyui", "kohya"):
@@ -209,4 +256,5 @@ def test_motion_modules_are_written_in_names_that_somebody_reads():
             writing.check_places([f"{motion}.attn1.to_k"], format, names_of)
         writing.check_places(["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"], format, names_of)
     with pytest.raises(LoraError, match="no place in the format animatediff, but in diffusers"):
-        writing.check_places([f"{motion}.ff.net.2"], "animatediff", names_of)
+        writing.check_places(["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"], "animatediff", names_of)
+    writing.check_places([f"{motion}.ff.net.2", "unet.mid_block.motion_modules.0.proj_in"], "animatediff", names_of)

@@ -17,6 +17,7 @@ from charforgex.lora.identify import identify
 from charforgex.lora.state import LohaLayer, LokrLayer, LoraLayer
 from charforgex.lora.writing import write_layers
 from charforgex.toolbox.converting import convert
+from charforgex.toolbox.inspecting import inspected
 from tests.toolbox.bases_on_disk import folder_of, lora_for
 
 
@@ -196,3 +197,37 @@ def test_no_network_is_needed(tmp_path):
         "assert not {'diffusers', 'transformers', 'peft', 'lightning'} & set(sys.modules), 'too much is imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_motion_lora_of_two_parts_becomes_two_files(tmp_path):
+    """The temporal part as ComfyUI-AnimateDiff-Evolved reads it, the spatial one as any LoRA of Stable Diffusion 1.5."""
+    base = bases.get("animatediff_v3")
+    spatial = [f"unet.{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block")]
+    temporal = ["unet.up_blocks.3.motion_modules.2.transformer_blocks.0.attn1.to_out.0", "unet.down_blocks.0.motion_modules.1.proj_in"]
+    layers = {name: LoraLayer(drawn(1, base.shapes[name][1]), drawn(base.shapes[name][0], 1, seed=1), 0.5) for name in spatial + temporal}
+    both = tmp_path / "both.safetensors"
+    metadata = {**base.spelling.lora_labels, "charforgex.family": "animatediff", "ss_output_name": "nod"}
+    write_layers(layers.get, layers, both, "diffusers", base.names, torch.float32, metadata)
+    for format, part in (("animatediff", "temporal"), ("kohya", "spatial")):
+        with pytest.raises(LoraError, match=rf"format {format} holds the {part} ones alone; say part={part}, and convert part="):
+            run(both, tmp_path / "x.safetensors", f"format={format}")
+    assert run(both, tmp_path / "motion.safetensors", "format=animatediff", "part=temporal")["layers"] == 2
+    assert run(both, tmp_path / "look.safetensors", "format=kohya", "part=spatial")["base"] == "animatediff_v3"
+    for file, wanted, family, label in (
+        ("motion", temporal, "animatediff", "animatediff/lora"), ("look", spatial, "sd15", "stable-diffusion-v1/lora"),
+    ):  # fmt: skip
+        path = tmp_path / f"{file}.safetensors"
+        said, shapes = read_header(path)
+        found = bases.base_of_file(path)
+        assert found.family == family == said["charforgex.family"] and said["modelspec.architecture"] == label
+        assert said["ss_output_name"] == "nod" and ("ss_base_model_version" in said) == (family == "sd15")
+        again = layers_of(found.name, path)
+        assert again.keys() == set(wanted)
+        for name in wanted:
+            torch.testing.assert_close(again[name].delta(), layers[name].delta())
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight" in shapes
+    with pytest.raises(LoraError, match=r"look.safetensors has spatial layers alone, so part=spatial would have no effect"):
+        run(tmp_path / "look.safetensors", tmp_path / "x.safetensors", "part=spatial")
+    with pytest.raises(LoraError, match=r"look.safetensors has no temporal layers, so nothing would be left"):
+        run(tmp_path / "look.safetensors", tmp_path / "x.safetensors", "part=temporal")
+    assert inspected(both)["parts"] == {"spatial": 2, "temporal": 2} and inspected(tmp_path / "look.safetensors")["parts"] == {}

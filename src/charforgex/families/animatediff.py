@@ -7,6 +7,7 @@ that rise linearly, which those of the base itself do not: with the base's sched
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,20 +26,20 @@ from charforgex.types import Components, Crop, Text
 
 CHUNK = 16  # frames that the VAE sees at once, so that its memory does not grow with the clip
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-MLP = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+MLP = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 RESNETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 TARGETS = {  # preset -> where, and the ends of the modules there
     "attention": {"attentions": ATTENTION, "motion_modules": ATTENTION},
     "spatial": {"attentions": ATTENTION},
     "temporal": {"motion_modules": ATTENTION},
-    # without proj_in and proj_out of motion modules: diffusers calls those in a way that peft's layers do not take
-    "attention_mlp": {"attentions": (*MLP, "proj_in", "proj_out"), "motion_modules": MLP},
+    "attention_mlp": {"attentions": MLP, "motion_modules": MLP},
 }
 TARGETS["all"] = {**TARGETS["attention_mlp"], "resnets": RESNETS}
 
 
 class AnimateDiff(spelled.AnimateDiff, Family):
     is_video = True
+    temporal = ".motion_modules."
     components: ClassVar = {
         **spelled.AnimateDiff.components,
         "vae": {"vae": "diffusers.AutoencoderKL"},
@@ -120,6 +121,9 @@ class AnimateDiff(spelled.AnimateDiff, Family):
             raise ConfigError(f"lora.targets={preset} is unknown for animatediff; choose one of {', '.join(TARGETS)}.")
         wanted = [(f".{place}.", tuple(f".{end}" for end in ends)) for place, ends in TARGETS[preset].items()]
         return [path for path in adaptable(self, denoiser_config) if any(place in path and path.endswith(ends) for place, ends in wanted)]
+
+    def save_motion(self, denoiser, folder: Path) -> Path:
+        return motion_base.save(denoiser, folder)
 
     def pipeline(self, parts: Components):
         from charforgex.quiet import quiet

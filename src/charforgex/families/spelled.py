@@ -77,13 +77,13 @@ class AnimateDiff(Sd15):
     original: ClassVar = {**Sd15.original, "unet": [Spelling(motion, ("model.diffusion_model.", ""))]}
 
     def lora_dialects(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Place]]:
-        """`animatediff`: motion LoRAs, of the attention in motion modules alone."""
-        places = self.lora_names(denoiser_config)
-        attention = {path: place for path, place in places.items() if MOTION.match(path) and ".attn" in path}
-        return {"animatediff": {path: Place(_processor(place.path)) for path, place in attention.items()}}
+        """`animatediff`: motion LoRAs. AnimateDiff's own adapt attention; its loader and ComfyUI-AnimateDiff-Evolved's take `processor.`
+        and `_lora` out of any name, so that MotionDirector's have layers of the MLPs besides, as ours may."""
+        places = {path: place for path, place in self.lora_names(denoiser_config).items() if MOTION.match(path)}
+        return {"animatediff": {path: Place(_processor(place.path)) for path, place in places.items()}}
 
 
 def _processor(path: str) -> str:
-    """Of an attention's layer: ...attention_blocks.0.to_out.0 is ...attention_blocks.0.processor.to_out_lora."""
+    """...attention_blocks.0.to_out.0 is ...attention_blocks.0.processor.to_out_lora, and ...ff.net.2 is ...ff.net.processor.2_lora."""
     head, _, last = path.removesuffix(".0").rpartition(".")
     return f"{head}.processor.{last}_lora"

@@ -40,6 +40,11 @@ def identify(keys: Iterable[str]) -> str:
     raise LoraError(f"None of the {len(keys)} keys is a LoRA's in a format that can be read: {some(keys)}.{guess}")
 
 
+def half_of(name: str) -> str:
+    """Whether a layer of AnimateDiff, by our name, is "temporal", of a motion module, or "spatial", of the picture's base."""
+    return "temporal" if ".motion_modules." in name else "spatial"
+
+
 UNREADABLE = {  # how keys end, or begin, of what is no adapter that can be read -> what it is
     r"\.norm\.(query|key)_norm\.scale$": (
         "a control LoRA of Black Forest Labs (FLUX.1 Canny or Depth): with biases, norms and a wider img_in, it is for a base that reads "

@@ -301,11 +301,18 @@ def _insert(network: nn.Module, layers: Mapping[str, Layer], name: str, dtype: t
             network._hf_peft_config_loaded = True  # so that diffusers' and transformers' own adapter methods see it
         for path, tuner in _adapted(network, name).items():
             tuners.put(tuner, _key(name), layers[path], dtype)
+            if ".motion_modules." in path and _input_first not in tuner._forward_pre_hooks.values():
+                tuner.register_forward_pre_hook(_input_first, with_kwargs=True)
         for tuner in _tuner_layers(network):  # peft has switched all others off, in every layer
             tuner.set_adapter([*before.get(tuner, []), *([_key(name)] if _key(name) in tuner.scaling else [])])
             tuner.eval()  # LoHa and LoKr draw from the global random state in training mode
     for parameter in adapter_parameters(network, name).values():
         parameter.requires_grad_(False)
+
+
+def _input_first(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """diffusers 0.42 calls a motion module's `proj_in(input=...)`; peft's layers have another name for their first argument."""
+    return (kwargs.pop("input"), *args) if "input" in kwargs else args, kwargs
 
 
 def _key(name: str) -> str:

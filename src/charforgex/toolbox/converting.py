@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, LoraError
+from charforgex.families import registry
 from charforgex.toolbox.common import Inputs, Opened, Outputs, counted, lineage, opened_loras, save, say, written
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ LYCORIS_KEYS = ("ss_network_module", "ss_network_args")  # what the header says 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Inputs, Outputs):
+    part: Literal["spatial", "temporal"] | None = None
     kind: Literal["lora"] | None = None
     rank: Annotated[int, Range(at_least=1)] | None = None
     error: Annotated[float, Range(at_least=0, below=1)] | None = None
@@ -52,14 +54,22 @@ def convert(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(opened: Opened, settings: Settings) -> list[str]:
-    """Of the layers, without those of a joined weight that are unchanged and have no place in the new format."""
+    """Of the layers, without those of the other part, or of a joined weight that are unchanged and have no place in the new format."""
+    from charforgex.lora.identify import half_of
+
     places = opened.base.names.places(settings.format or opened.format)
-    return [name for name in opened.names if name in places or opened.files[0].layer(name) is not None]
+    names = [name for name in opened.names if settings.part in (None, half_of(name))]
+    return [name for name in names if name in places or opened.files[0].layer(name) is not None]
 
 
 def _metadata(opened: Opened, settings: Settings) -> dict[str, str]:
-    given = {name: getattr(settings, name) for name in ("format", "dtype", "kind", "rank", "error") if getattr(settings, name) is not None}
+    asked = ("format", "dtype", "part", "kind", "rank", "error")
+    given = {name: getattr(settings, name) for name in asked if getattr(settings, name) is not None}
     found = lineage(opened, "convert", given)
+    if settings.part is not None:  # the spatial part is a LoRA of the base without motion modules
+        family = registry.spelling("sd15" if settings.part == "spatial" else "animatediff")
+        found = {key: value for key, value in found.items() if key not in opened.base.spelling.lora_labels}
+        found |= {**family.lora_labels, "charforgex.family": family.name}
     if settings.kind is not None:
         found = {key: value for key, value in found.items() if key not in LYCORIS_KEYS} | {"ss_network_module": "networks.lora"}
     return found
@@ -68,11 +78,14 @@ def _metadata(opened: Opened, settings: Settings) -> dict[str, str]:
 def _check(opened: Opened, settings: Settings) -> None:
     """Everything that can be known before a layer is read."""
     from charforgex.lora import lycoris
+    from charforgex.lora.identify import half_of
     from charforgex.lora.state import some
     from charforgex.lora.writing import check_format
 
     format, kinds = settings.format or opened.format, opened.files[0].kinds()
     check_format(format, opened.base.names)
+    _check_parts(opened, settings, format)
+    kinds = {name: kind for name, kind in kinds.items() if settings.part in (None, half_of(name))}
     others = {name: kind for name, kind in kinds.items() if kind != "lora"}
     doras = [name for name, kind in others.items() if kind == "dora"]
     path = opened.paths[0]
@@ -95,6 +108,24 @@ def _check(opened: Opened, settings: Settings) -> None:
         )
     if doras and settings.rank is None and settings.error is None:
         raise LoraError(f"{path}: what DoRA changes has as many directions as the weight; say rank=64 or error=0.1.")
+
+
+def _check_parts(opened: Opened, settings: Settings, format: str) -> None:
+    """Raises LoraError for a part that is not there or is all there is, and where the format holds one part of two."""
+    from charforgex.lora.identify import half_of
+
+    path, parts = opened.paths[0], {half_of(name) for name in opened.names}
+    if settings.part is None:
+        if len(parts) > 1 and format in ("animatediff", "kohya", "comfyui"):
+            part, other = ("temporal", "spatial") if format == "animatediff" else ("spatial", "temporal")
+            raise LoraError(
+                f"{path} has layers of motion modules and of the picture's base, and the format {format} holds the {part} ones alone; "
+                f"say part={part}, and convert part={other} to a file of its own: format={'kohya' if other == 'spatial' else 'animatediff'}"
+            )
+    elif parts == {settings.part}:
+        raise LoraError(f"{path} has {settings.part} layers alone, so part={settings.part} would have no effect; leave it out.")
+    elif settings.part not in parts:
+        raise LoraError(f"{path} has no {settings.part} layers, so nothing would be left; leave part={settings.part} out.")
 
 
 class _Plain:

@@ -49,6 +49,7 @@ def inspect(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def inspected(path: Path, base: str | None = None) -> dict[str, Any]:
     """What is known of one file. Layers that cannot be read are problems and no errors."""
+    from charforgex.lora.identify import half_of
     from charforgex.lora.metadata import hashes
     from charforgex.toolbox.places import in_order, place_of
 
@@ -73,6 +74,7 @@ def inspected(path: Path, base: str | None = None) -> dict[str, Any]:
             **{what: _counted(row[key] for row in layers.values()) for what, key in
                (("kinds", "kind"), ("ranks", "rank"), ("alphas", "alpha"))},
             "components": _counted(place.component for place in places),
+            "parts": _counted(map(half_of, layers)) if opened.base.family == "animatediff" else {},
             "blocks": {block: blocks[block] for block in in_order(blocks)},
             **_said(file.metadata),
         }  # fmt: skip
@@ -150,6 +152,7 @@ def _show(told: Mapping[str, Any]) -> None:
     row("format", told["format"])
     for name in ("kinds", "ranks", "alphas", "dtypes", "components"):
         row(name, ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in told[name]))
+    row("parts", ", ".join(f"{part} {count}" for part, count in told["parts"].items()))
     row("layers", f"{told['layers']}, {told['parameters']:,} values, {told['bytes']:,} bytes")
     for block, count in runs(told["blocks"]).items():
         row("", f"{block}: {count}")
