@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from charforgex.config import bind, compose
-from charforgex.curation.clips import cutting, measures, run, scanning
+from charforgex.curation.clips import assembling, cutting, measures, scanning
 from charforgex.curation.clips.run import curate_clips
 from charforgex.curation.clips.settings import ClipSettings, FrameSettings, WindowSettings
 from charforgex.curation.clips.windows import Short, windows
@@ -265,7 +265,7 @@ def test_whole_videos_are_held_out_or_shots_of_few():
         names = [(str(video), place) for video, count in enumerate(videos) for place in range(count)]
         clips = [Clip(f"{video}!/{place:010.3f}s", video, None, {"shot": place // 2}) for video, place in names]
         cuts = [{"file": clip.name, "sha256": f"{place:064x}", "clip": clip} for place, clip in enumerate(clips)]
-        _, sides = run.held_out(clips, [], cuts, SplitSettings(val=0.25), notes)
+        _, sides = assembling.held_out(clips, [], cuts, SplitSettings(val=0.25), notes)
         return [clip for clip, side in zip(clips, sides, strict=True) if side == "val"]
 
     notes: list[str] = []

@@ -100,19 +100,20 @@ def decide(
     Of two copies the one with a face stays, then the one with more pixels, the one whose video has `captions`, and the sharper one.
     """
     groups: list[list[int]] = []
+    left = [index for index, clip in enumerate(clips) if clip.verdict is None]
+    told = DuplicateSettings(radius=None)  # equal ones alone
     if limits.difference is not None:
-        left = [index for index, clip in enumerate(clips) if clip.verdict is None]
         told = DuplicateSettings(turned=False, cropped=False, difference=limits.difference)
 
-        def mosaic(place: int) -> np.ndarray:
-            clip = clips[left[place]]
-            return np.asarray(findings[clip.video].mosaics()[clip.number])
+    def mosaic(place: int) -> np.ndarray:
+        clip = clips[left[place]]
+        return np.asarray(findings[clip.video].mosaics()[clip.number])
 
-        shown = [as_finding(clips[index], mosaic(place), captions.get(clips[index].video, ())) for place, index in enumerate(left)]
-        for cluster in duplicates.clusters(shown, told, mosaic):
-            groups.append([left[place] for place in cluster.members])
-            for place, reason in cluster.others.items():
-                clips[left[place]].verdict = Verdict("duplicate", reason)
+    shown = [as_finding(clips[index], mosaic(place), captions.get(clips[index].video, ())) for place, index in enumerate(left)]
+    for cluster in duplicates.clusters(shown, told, mosaic):
+        groups.append([left[place] for place in cluster.members])
+        for place, reason in cluster.others.items():
+            clips[left[place]].verdict = Verdict("duplicate", reason)
     for video in findings if limits.max_clips is not None else ():
         kept = [clip for clip in clips if clip.video == video and clip.verdict is None]
         stay = {round(place) for place in np.linspace(0, len(kept) - 1, min(len(kept), limits.max_clips))}
