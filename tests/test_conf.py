@@ -28,8 +28,10 @@ def filled(name, overrides):
 
 
 CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
-CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora", "curation": "curation"}
+CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora", "curation": "curation", "motion": "motion"}
+MOTION = ("family=animatediff", "family=animatediff_v3", "data=clips", "evaluation=motion", "motion=default")
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
+WITH |= dict.fromkeys(MOTION, ["experiment=animatediff_motion"])
 
 
 @pytest.mark.parametrize("group", CHOSEN_BY)

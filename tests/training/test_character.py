@@ -13,8 +13,8 @@ from charforgex.data import mess
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.lora.inject import adapter_parameters, inject
-from charforgex.training.character import Character, CharacterJob, curated, find_character, with_trigger
-from charforgex.training.job import check_disk, check_resolution, choose_device
+from charforgex.training.character import Character, CharacterJob, curated, find_character
+from charforgex.training.job import check_disk, check_resolution, choose_device, with_trigger
 from charforgex.training.losses import Objective
 from charforgex.training.run import Clock, check, choose_run_dir, run
 from charforgex.types import Batch, Crop
@@ -64,9 +64,9 @@ def test_how_many_are_held_out_is_settled_before_pictures_are_looked_at(tmp_path
 
 def test_prompts_that_need_a_trigger_need_one():
     settings = check(compose("train"))
-    assert "zork man" in with_trigger(settings, "zork man").evaluation.prompts[0]
+    assert "zork man" in with_trigger(settings.evaluation.prompts, "zork man")[0]
     with pytest.raises(ConfigError, match=r"data\.trigger"):
-        with_trigger(settings, None)
+        with_trigger(settings.evaluation.prompts, None)
 
 
 def test_an_accelerator_that_is_not_there_is_refused():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from charforgex.charworld import drawing, world
+from charforgex.charworld import clips, drawing, world
 from charforgex.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,3 +74,45 @@ def other_characters(number: int, count: int = 20, size: int = 64) -> list[Image
             context = world.draw_context(random.Random(f"other character {other}"))
             pictures.append(Image.fromarray(drawing.render(held_out_character(other), context, size)))
     return pictures[:count]
+
+
+# ---- motion ----
+
+
+def motion_of(source: str, setting: str) -> str:
+    """The motion of `charworld:<motion>`. Raises ConfigError."""
+    name = source.removeprefix(DEMO)
+    if name not in clips.MOTION_WORDS:
+        raise ConfigError(f"{setting}={source} must be {DEMO} and a motion: {', '.join(clips.HELD_OUT_MOTIONS)}, which no base has seen.")
+    return name
+
+
+def moving_character(number: int) -> world.Identity:
+    """One that moves: the base can draw it from its description."""
+    return world.draw_identity(random.Random(f"moving character {number}"))
+
+
+def write_motion(folder: Path, motion: str, frames: int, fps: float, size: int = 64, count: int = 16, characters: int = 4) -> Path:
+    """A folder of videos of the first few moving characters, each of one second: .mkv beside .txt, like anybody's. Returns `folder`."""
+    from charforgex.videos import Output, writing
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rate = Fraction(str(fps))
+    for index in range(count):
+        rng = random.Random(f"motion {motion} clip {index}")
+        identity, setting, moved = moving_character(index % characters), clips.draw_setting(rng), clips.draw_motion(rng, motion)
+        (folder / f"{index:03d}.txt").write_text(clips.clip_caption(identity, setting, moved) + "\n", encoding="utf-8")
+        with writing(Output(folder / f"{index:03d}.mkv", rate, rate.numerator, "ffv1")) as out:
+            for number, pixels in enumerate(clips.draw_clip(identity, setting, moved, frames, size)):
+                out.write(pixels, number / rate, 1 / rate)
+    return folder
+
+
+def motion_prompts(motion: str, count: int = 4) -> list[str]:
+    """The motion, asked of characters that `write_motion` does not show."""
+    prompts = []
+    for index in range(count):
+        rng = random.Random(f"motion {motion} prompt {index}")
+        identity = moving_character(NEVER_WRITTEN + index)
+        prompts.append(clips.clip_caption(identity, clips.draw_setting(rng), clips.draw_motion(rng, motion)))
+    return prompts

@@ -30,8 +30,11 @@ def times(process: Process, levels: int = LEVELS) -> Tensor:
 
 
 @torch.no_grad()
-def losses(family: Family, denoiser: torch.nn.Module, process: Process, batch: Batch, levels: int = LEVELS) -> Tensor:
-    """float32 (levels, B). `batch.keys` name the pictures; its masks and weights take no part. Autocast is the caller's."""
+def predictions(
+    family: Family, denoiser: torch.nn.Module, process: Process, batch: Batch, levels: int = LEVELS
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """At each level what is predicted and what would be right, float32 of the latents' shape. `batch.keys` name the pictures; its masks
+    and weights take no part. Autocast is the caller's."""
     device = batch.mean_BChw.device
 
     def drawn(purpose: str, *more: object) -> Tensor:
@@ -39,13 +42,18 @@ def losses(family: Family, denoiser: torch.nn.Module, process: Process, batch: B
         return torch.stack([torch.randn(shape, generator=torch_generator("level", purpose, key, *more)) for key in batch.keys]).to(device)
 
     clean = batch.mean_BChw + batch.std_BChw * drawn("posterior")
-    found = []
     for level, t in enumerate(times(process, levels)):
         noise, t_B = drawn("noise", level), t.expand(len(batch)).to(device)
         noisy = process.add_noise(clean, noise, t_B)
-        error = family.denoise(denoiser, noisy, t_B, batch.text, batch.crop).float() - process.target(clean, noise, t_B).float()
-        found.append(error.square().flatten(1).mean(1).cpu())
-    return torch.stack(found)
+        found = family.denoise(denoiser, noisy, t_B, batch.text, batch.crop)
+        yield found.float(), process.target(clean, noise, t_B).float()
+
+
+@torch.no_grad()
+def losses(family: Family, denoiser: torch.nn.Module, process: Process, batch: Batch, levels: int = LEVELS) -> Tensor:
+    """float32 (levels, B): the mean squares of `predictions`' errors."""
+    found = predictions(family, denoiser, process, batch, levels)
+    return torch.stack([(prediction - target).square().flatten(1).mean(1).cpu() for prediction, target in found])
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Family(ABC):
     name: ClassVar[str]
     denoiser_name: ClassVar[str]
     is_video: ClassVar[bool] = False
+    temporal: ClassVar[str] = ""  # of families of clips: part of the paths of modules that see several frames at once
     channels_per_latent: ClassVar[int] = 1  # input channels of the network for one of a latent: 4 where it takes packed ones
     has_true_guidance: ClassVar[bool] = False  # whether guidance is a vector, and classifier-free guidance something else besides
     training_guidance: ClassVar[float] = 1.0  # of that vector: at 3.5, a LoRA would learn to undo the distillation
@@ -173,6 +174,10 @@ class Family(ABC):
     @abstractmethod
     def lora_targets(self, preset: str, denoiser_config: Mapping[str, Any]) -> list[str]:
         """The modules that a preset adapts, as peft `target_modules` suffixes; none whose adapter would do nothing. Raises ConfigError."""
+
+    def save_motion(self, denoiser: nn.Module, folder: Path) -> Path:
+        """Of families of clips: what sees several frames at once, in a folder that `source` takes before the base that it changes."""
+        raise NotImplementedError
 
     @abstractmethod
     def pipeline(self, parts: Components) -> DiffusionPipeline:

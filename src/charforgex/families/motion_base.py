@@ -19,6 +19,7 @@ from charforgex.families.originals import Original, Spelling, each
 from charforgex.families.parts import read_config
 from charforgex.families.single_file import Checkpoint, empty, spell
 from charforgex.families.sources import Source, read_json
+from charforgex.runs import replace_atomic, write_json
 
 if TYPE_CHECKING:
     from charforgex.families.base import Family
@@ -177,20 +178,36 @@ def opened(family: Family, source: Source) -> Folder | Checkpoint:
     if not (source.path / "model_index.json").is_file():
         return AdapterFolder(Motion(), source)
     pipeline = read_json(source.path / "model_index.json").get("_class_name")
+    if "XL" in str(pipeline):
+        raise ModelError(f"{source.path} holds a {pipeline}: clips are made with Stable Diffusion 1.5, and SDXL's motion is not supported.")
     return Folder(Pictures() if pipeline in Pictures.pipelines else family, source)
 
 
 def joined(family: Family, givers: Mapping[str, Folder | Checkpoint], source: str) -> dict[str, Any]:
     """The givers of a whole base's components. Raises ModelError where a half is lacking, or there is one too many."""
-    givers = dict(givers)
+    order, givers = list(givers), dict(givers)
     picture, motion = givers.get("unet"), givers.pop("motion_adapter", None)
     if picture is None:
         return givers
     has_motion = picture.family is family
-    if has_motion and motion is not None:
+    if has_motion and motion is not None and order.index("unet") < order.index("motion_adapter"):
         raise ModelError(f"{motion.path} adds nothing: the motion modules come from {picture.path}, before it in source={source}.")
     if not has_motion and motion is None:
         raise ModelError(
             f"{source} holds no motion modules, which {family.name} needs; add them with a plus: source={source}+v3_sd15_mm.safetensors"
         )
-    return givers if has_motion else givers | {"unet": Joined(family, picture, motion)}
+    return givers if motion is None else givers | {"unet": Joined(family, picture, motion)}
+
+
+def save(denoiser: nn.Module, folder: Path) -> Path:
+    """The motion modules of a UNetMotionModel as diffusers' MotionAdapter, weights in float16."""
+    from safetensors.torch import save_file
+
+    config = {"_class_name": "MotionAdapter"} | {theirs: denoiser.config[ours] for theirs, ours in OF_MOTION.items()}
+    config |= {"block_out_channels": denoiser.config["block_out_channels"], "motion_norm_num_groups": denoiser.config["norm_num_groups"]}
+    state = {key: tensor.detach().half().cpu().contiguous() for key, tensor in denoiser.state_dict().items() if ".motion_modules." in key}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replace_atomic(folder / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file(state, temporary, {"format": "pt"})
+    write_json(folder / "config.json", config)
+    return folder

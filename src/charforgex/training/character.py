@@ -52,6 +52,7 @@ from charforgex.training.job import (
     restore,
     set_threads,
     start_run,
+    with_trigger,
 )
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
 from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
@@ -91,14 +92,14 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     job = CharacterJob(cfg, settings, run_dir, Console(), Clock(run_dir))
     set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
-    registry.refuse_clips(family, "a character's training", "say experiment=animatediff_motion to train motion.")
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
         check_compiler(device)
     objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
-    settings = job.settings = with_trigger(settings, character.trigger)
+    prompts = with_trigger(settings.evaluation.prompts, character.trigger)
+    settings = job.settings = replace(settings, evaluation=replace(settings.evaluation, prompts=prompts))
     word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
     targets = settings.lora.targets
     targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
@@ -216,17 +217,6 @@ def curated(job: CharacterJob) -> tuple[Path, int | None]:
         settings = replace(settings, captions=replace(settings.captions, backend="charworld"))
     made = make_dataset(Source(str(source), job.character.trigger), settings, job.run_dir / "dataset", Path(cfg.cache_dir), job.console)
     return Path(made["manifest"]), None
-
-
-def with_trigger(settings: Settings, trigger: str | None) -> Settings:
-    """The evaluation prompts with their {trigger} replaced."""
-    evaluation = settings.evaluation
-    if trigger is None and any("{trigger}" in prompt for prompt in evaluation.prompts):
-        raise ConfigError(
-            'data.trigger is not set, and evaluation.prompts use it; give the word that calls the character, data.trigger="ohwx woman".'
-        )
-    prompts = tuple(prompt.replace("{trigger}", trigger or "") for prompt in evaluation.prompts)
-    return replace(settings, evaluation=replace(evaluation, prompts=prompts))
 
 
 def load_encoders(cfg: DictConfig, family: Family, device: str, wanted: bool) -> Components:

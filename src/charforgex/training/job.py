@@ -46,6 +46,15 @@ def set_threads(number: int) -> None:
         torch.set_num_threads(number)
 
 
+def with_trigger(prompts: Sequence[str], trigger: str | None) -> tuple[str, ...]:
+    """The evaluation's prompts with their {trigger} replaced."""
+    if trigger is None and any("{trigger}" in prompt for prompt in prompts):
+        raise ConfigError(
+            'data.trigger is not set, and evaluation.prompts use it; give the word that calls the character, data.trigger="ohwx woman".'
+        )
+    return tuple(prompt.replace("{trigger}", trigger or "") for prompt in prompts)
+
+
 def choose_device(accelerator: str) -> str:
     """The device that Lightning takes for `accelerator`; everything is loaded there, also for measuring before the first step."""
     available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from charforgex.data.datamodule import CharacterData
+from charforgex.data.prepared import PreparedData
 from charforgex.families.base import Family
 from charforgex.families.process import Process
 from charforgex.lora.targets import each
@@ -50,8 +50,8 @@ def objective_lines(
         ("target", process.describe() + guidance),
         ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),
         ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}{shifted}"),
-        ("adapter", adapter_line(lora, adapted)),
-        ("trains", f"{len(adapted)} layers, {trainable / 1e6:.3g} M parameters, such as {adapted[0]}"),
+        *([("adapter", adapter_line(lora, adapted))] if adapted else []),
+        ("trains", f"{trainable / 1e6:.3g} M parameters" + (f", {len(adapted)} layers such as {adapted[0]}" if adapted else "")),
         ("optimizer", f"{optimizer.name}, lr {optimizer.lr:g} {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("gradients", f"clipped to norm {optimizer.grad_clip:g}" if optimizer.grad_clip else "not clipped"),
         ("EMA", f"{trainer.ema:g}" if trainer.ema else "off"),
@@ -75,11 +75,14 @@ def adapter_line(lora: LoraSettings, adapted: Sequence[str]) -> str:
     return f"{name}{start}, rank {some(ranks)}, alpha {some(alphas)}, scale {rule} {some(scales)}{faster}"
 
 
-def data_lines(family: Family, parts: Components, data: CharacterData, count: int = 5) -> list[tuple[str, str]]:
-    """The data and `count` final prompts as the encoders see them; `parts` hold the tokenizers."""
+def data_lines(
+    family: Family, parts: Components, data: PreparedData, count: int = 5, told: tuple[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """The data and `count` final prompts as the encoders see them; `parts` hold the tokenizers. `told`: what there is, and how much."""
     sizes = sorted({item.cut.size for item in data.items})
     shown = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
-    lines = [("pictures", f"{len(data.train)} to train on, {len(data.val)} held out; sizes {shown}")]
+    what, number = told or ("pictures", f"{len(data.train)} to train on, {len(data.val)} held out")
+    lines = [(what, f"{number}; sizes {shown}")]
     lines.append(("captions", cut_off(family, parts, [text for texts in data.texts.values() for text in texts])))
     for number, prompt in enumerate(data.final_prompts(count)):
         seen, _ = min(family.seen_text(parts, prompt), key=lambda text_and_cut: text_and_cut[1])  # by the encoder that sees the most

@@ -1,4 +1,4 @@
-"""`python train.py`: from a folder of pictures to a LoRA. `train(cfg)` is what every entry point and sweep calls.
+"""`python train.py`: from a folder of pictures, or of videos, to a LoRA. `train(cfg)` is what every entry point and sweep calls.
 
 Nothing heavy is imported before the settings are known to be right.
 """
@@ -19,6 +19,8 @@ from charforgex.generation.settings import LoggerSettings, SamplingSettings
 from charforgex.training.settings import (
     EvaluationSettings,
     LoraSettings,
+    MotionEvaluationSettings,
+    MotionSettings,
     OptimizerSettings,
     RunSettings,
     TextEncoderSettings,
@@ -37,8 +39,9 @@ class Settings:
     text_encoder: TextEncoderSettings
     optimizer: OptimizerSettings
     trainer: TrainerSettings
-    evaluation: EvaluationSettings
+    evaluation: EvaluationSettings | MotionEvaluationSettings
     sampling: SamplingSettings
+    motion: MotionSettings | None = None  # None: a character is trained
 
 
 def check(cfg: DictConfig) -> Settings:
@@ -46,23 +49,38 @@ def check(cfg: DictConfig) -> Settings:
     bind(RunSettings, {field.name: cfg[field.name] for field in fields(RunSettings)}, "")
     family = bind(FamilySettings, cfg.family, "family")
     registry.check(family.name)
+    of_motion = "motion" in cfg
+    if of_motion:
+        check_groups_of_motion(cfg)
     settings = Settings(
         lora=bind(LoraSettings, cfg.lora, "lora"),
         text_encoder=bind(TextEncoderSettings, cfg.text_encoder, "text_encoder"),
         optimizer=bind(OptimizerSettings, cfg.optimizer, "optimizer"),
         trainer=bind(TrainerSettings, cfg.trainer, "trainer"),
-        evaluation=bind(EvaluationSettings, cfg.evaluation, "evaluation"),
+        evaluation=bind(MotionEvaluationSettings if of_motion else EvaluationSettings, cfg.evaluation, "evaluation"),
         sampling=bind(SamplingSettings, cfg.sampling, "sampling").filled(family.recipe),
+        motion=bind(MotionSettings, cfg.motion, "motion") if of_motion else None,
     )
-    if not settings.evaluation.prompts:
+    if not of_motion and not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
     bind(LoggerSettings, cfg.logger, "logger")
     # These two have their schema where torch is, which a good config needs next anyway.
-    from charforgex.data.datamodule import CharacterData
     from charforgex.training.losses import Objective
 
-    arguments(CharacterData, data_options(cfg), "data", given=("source", "trigger", "class_word", "cache", "seed"))
     objective = bind(Objective, cfg.loss, "loss")
+    if of_motion:
+        from charforgex.data.clips import ClipData
+
+        refuse_for_motion(cfg, settings)
+        arguments(ClipData, data_options(cfg), "data", given=("source", "trigger", "cache", "seed"))
+        refuse_together(settings, pretraining=False)
+        return settings
+    from charforgex.data.datamodule import CharacterData
+
+    if "pretrain" not in cfg:
+        way_out = "say experiment=animatediff_motion to train motion, or choose another family."
+        registry.refuse_clips(registry.get(family.name), "a character's training", way_out)
+    arguments(CharacterData, data_options(cfg), "data", given=("source", "trigger", "class_word", "cache", "seed"))
     if cfg.data.class_word is not None and not objective.prior_weight:
         raise ConfigError(f"data.class_word={cfg.data.class_word} has no effect with loss.prior_weight=0; set loss.prior_weight=1.")
     if cfg.get("curation"):
@@ -93,6 +111,44 @@ def refuse_together(settings: Settings, pretraining: bool) -> None:
             raise ConfigError(f"optimizer=prodigy finds one rate for all that learns; set {setting}={way_out}, or choose optimizer=adamw.")
 
 
+def check_groups_of_motion(cfg: DictConfig) -> None:
+    """Raises ConfigError unless the groups are those that go with motion."""
+    if "pretrain" in cfg:
+        raise ConfigError("motion and pretrain are two trainings; leave one of them out.")
+    if "frames" not in cfg.data:
+        raise ConfigError("motion is learnt from clips, and this data is pictures; set data=clips, as experiment=animatediff_motion does.")
+    if "embedder" in cfg.evaluation and "follower" in cfg.evaluation:
+        raise ConfigError("motion is measured by evaluation=motion, as experiment=animatediff_motion sets it.")
+    if cfg.get("curation"):
+        raise ConfigError("curation is of pictures in a training; make clips with charforgex curate first, and set curation=none.")
+
+
+def refuse_for_motion(cfg: DictConfig, settings: Settings) -> None:
+    """Raises ConfigError for what a training of motion has no use for."""
+    motion, lora, recipe = settings.motion, settings.lora, cfg.family.recipe
+    if not registry.get(cfg.family.name).is_video:
+        raise ConfigError(f"family={cfg.family.name} makes pictures, and motion is learnt by families of clips; set family=animatediff.")
+    asked = {
+        "loss.prior_weight": cfg.loss.prior_weight,
+        "text_encoder.lr": settings.text_encoder.lr,
+        "text_encoder.tokens": settings.text_encoder.tokens,
+        "trainer.compile": settings.trainer.compile,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(f"{name}={value} has no effect with motion; leave it out.")
+    if lora.kind != "lora":
+        raise ConfigError(f"lora.kind={lora.kind}: files of motion LoRAs hold products of two factors alone; set lora.kind=lora.")
+    if lora.init == "pissa" and motion.spatial and motion.dropout:
+        raise ConfigError(
+            f"lora.init=pissa subtracts what it began with, of which motion.dropout={motion.dropout:g} drops nothing; set that to 0."
+        )
+    if motion.spatial and motion.spatial_lr is None and recipe.get("spatial_lr") is None:
+        raise ConfigError("motion.spatial_lr is null and family.recipe has no spatial_lr; set it to 1e-4, say.")
+    if settings.optimizer.name == "prodigy" and motion.spatial_lr is not None:
+        raise ConfigError(f"motion.spatial_lr={motion.spatial_lr:g}: optimizer=prodigy finds that rate by itself; leave it null.")
+
+
 def refuse_for_pretraining(cfg: DictConfig) -> None:
     """Raises ConfigError for what only the training of an adapter on a character's pictures has a use for."""
     asked = {
@@ -107,7 +163,7 @@ def refuse_for_pretraining(cfg: DictConfig) -> None:
 
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
-    """The `data` group without its source and trigger, which a demo character brings itself, and the class that is said with it."""
+    """The `data` group without its source and trigger, which a demo brings itself, and the class that is said with it."""
     return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger", "class_word")}
 
 
@@ -126,6 +182,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         from charforgex.training.pretraining import run_pretraining
 
         return run_pretraining(cfg, settings, run_dir, going_on)
+    if settings.motion is not None:
+        from charforgex.training.motion_run import train_motion
+
+        return train_motion(cfg, settings, run_dir, going_on)
     from charforgex.training.character import train_character
 
     return train_character(cfg, settings, run_dir, going_on)
@@ -173,7 +233,7 @@ def state_of(run_dir: Path) -> str:
         return "finished"
     if (run_dir / "config.yaml").exists():
         return "interrupted"
-    made_before_config = {"pictures", "dataset"}  # a run killed in its first second
+    made_before_config = {"pictures", "dataset", "clips"}  # a run killed in its first second
     strangers = {path.name for path in run_dir.iterdir()} - made_before_config if run_dir.exists() else set()
     return "foreign" if strangers else "new"
 

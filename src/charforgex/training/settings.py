@@ -126,3 +126,38 @@ class EvaluationSettings:
     prompts: tuple[str, ...] = ()
     seeds: Positive = 1  # pictures per prompt
     times: Positive = 8  # noise levels of the validation loss
+
+
+@dataclass(frozen=True)
+class MotionEvaluationSettings:
+    every: Positive = 100
+    times: Positive = 8
+    prompts: tuple[str, ...] | None = None
+    seeds: Positive = 1  # clips per prompt
+    embedder: str = "charworld"
+
+    def __post_init__(self):
+        if self.prompts == ():
+            raise ConfigError("evaluation.prompts is empty; name some, or leave it null for captions of held-out clips.")
+
+
+@dataclass(frozen=True)
+class MotionSettings:
+    train: Literal["lora", "module"] = "lora"
+    temporal: bool = True
+    spatial: bool = True
+    spatial_lr: Annotated[float, Range(above=0)] | None = None  # None: the recipe's
+    masked: Annotated[float, Range(at_least=0, below=1)] = 0.2
+    dropout: Annotated[float, Range(at_least=0, below=1)] = 0.1
+    debias: Annotated[float, Range(at_least=0)] = 1.0
+
+    def __post_init__(self):
+        if not self.temporal and not self.spatial:
+            raise ConfigError("motion.temporal=false and motion.spatial=false leave nothing to learn; set one of them to true.")
+        if self.train == "module" and not self.temporal:
+            raise ConfigError("motion.train=module trains what motion.temporal=false leaves out; set motion.temporal=true.")
+        idle = {"spatial": ("spatial_lr", "masked", "dropout"), "temporal": ("train", "masked", "debias")}
+        for path, names in idle.items():
+            for name in names:
+                if not getattr(self, path) and (value := getattr(self, name)) != getattr(MotionSettings, name):
+                    raise ConfigError(f"motion.{name}={value} has no effect with motion.{path}=false; leave it as it was.")
