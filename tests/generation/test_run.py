@@ -323,7 +323,7 @@ def test_foreign_loras_are_known_by_their_headers(base, tmp_path):
 
 
 def test_a_base_of_another_family_says_so(flow_bases):
-    with pytest.raises(ModelError, match=r"holds a FluxPipeline.*so sdxl was taken; say family=<one of sdxl, flux, sd3, animatediff>"):
+    with pytest.raises(ModelError, match=r"holds a FluxPipeline.*so sdxl was taken; say family=<one of sdxl, flux, sd3>"):
         charforgex.generate(base=flow_bases["flux"][1], prompt="a")
 
 

@@ -63,15 +63,15 @@ def read_stack(settings: Settings) -> Stack:
     said = {path: family_of(header) or identify.family_of(shapes) for path, (header, shapes) in headers.items()}
     family = get(_family_name(settings, said))
     if settings.mode == "video" and not family.is_video:
-        raise ConfigError(_no_clips(family.name, said))
+        raise ConfigError(_no_clips(family.name, said, _able(settings)))
     base, said_by = _base(settings, metadata)
     try:
         bare = family.load(base, only=(), tokenizer=settings.tokenizers)
         config = denoiser_config(family, base)
     except ModelError as error:
-        if settings.family is None and not paths and Path(base).expanduser().exists():
+        if settings.mode == "picture" and settings.family is None and not paths and Path(base).expanduser().exists():
             raise ModelError(
-                f"{error} Nothing said the family, so {family.name} was taken; say family=<one of {', '.join(FAMILIES)}>."
+                f"{error} Nothing said the family, so {family.name} was taken; say family=<one of {', '.join(_able(settings))}>."
             ) from error
         if said_by is None:
             raise
@@ -121,16 +121,20 @@ def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
     if known:
         return next(iter(known.values()))
     if said:
-        raise ConfigError(f"{next(iter(said))} does not say which family it is for; say family=<one of {', '.join(FAMILIES)}>.")
+        raise ConfigError(f"{next(iter(said))} does not say which family it is for; say family=<one of {', '.join(_able(settings))}>.")
     return DEFAULT_FAMILY[settings.mode]
 
 
-def _no_clips(name: str, said: Mapping[Path, str | None]) -> str:
-    families = ", ".join(family for family in FAMILIES if get(family).is_video)
+def _able(settings: Settings) -> list[str]:
+    """The families that can make what is asked for."""
+    return [name for name in FAMILIES if get(name).is_video == (settings.mode == "video")]
+
+
+def _no_clips(name: str, said: Mapping[Path, str | None], able: list[str]) -> str:
     if said:
-        kinds = " and ".join([*IN_CLIPS, families])
+        kinds = " and ".join([*IN_CLIPS, *able])
         return f"mode=video: {next(iter(said))} is for {name}, which makes pictures; clips take LoRAs of {kinds}. Or say mode=picture."
-    return f"mode=video: family={name} makes pictures; say family={families}, or mode=picture."
+    return f"mode=video: family={name} makes pictures; say family={', '.join(able)}, or mode=picture."
 
 
 def _base(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> tuple[str, Path | None]:
