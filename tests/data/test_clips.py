@@ -14,6 +14,7 @@ from charforgex.data.clips import ClipData, to_pixels
 from charforgex.data.datamodule import CharacterData
 from charforgex.errors import ConfigError, DataError
 from charforgex.families.animatediff import AnimateDiff
+from charforgex.families.sdxl import Sdxl
 from charforgex.runs import sha256_file
 from charforgex.videos import Output, writing
 
@@ -300,6 +301,8 @@ def test_refusals(make, prepared, folder, tmp_path):
     with pytest.raises(DataError, match=r"empty has no clip of data.frames=4 at data.fps=8 to train on."):
         make(tmp_path / "empty")
     data = make(default_caption="zkx")
+    with pytest.raises(ConfigError, match="family=sdxl makes pictures, and clips are for families of clips"):
+        data.prepare(Sdxl(), lambda only: pytest.fail(), weights={"vae": "v", "text": "t"}, progress=False, **GEOMETRY)
     film(folder / "1.mkv", [Fraction(1, 8)] * 8, video=9)
     with pytest.raises(DataError, match=r"1.mkv was changed after it was read"):
         data.prepare(Counting(), lambda only: BASE, weights={"vae": "v", "text": "t"}, progress=False, **GEOMETRY)

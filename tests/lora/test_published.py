@@ -1,5 +1,6 @@
 """Files as others publish them: their real keys and shapes (keys/), read whole, or refused by the name of what they are."""
 
+import functools
 import itertools
 import json
 from collections import Counter
@@ -212,8 +213,14 @@ def test_stable_diffusion_15_is_written_as_sd_scripts_names_it():
 
 
 MOTION = listings("animatediff")
+IN_DIFFUSERS = {".temporal_transformer": "", ".attention_blocks.0": ".attn1", ".attention_blocks.1": ".attn2"}  # as its hub has them
+MOTION["AnimateDiff, on diffusers' hub"] = {
+    "unet." + functools.reduce(lambda key, pair: key.replace(*pair), IN_DIFFUSERS.items(), key): shape
+    for key, shape in MOTION["AnimateDiff"].items()
+}
 MOTION_LAYERS = {  # format, base, layers of each half
     "AnimateDiff": ("animatediff", "animatediff_v2", {"temporal": 21 * 8}),
+    "AnimateDiff, on diffusers' hub": ("diffusers", "animatediff_v2", {"temporal": 21 * 8}),
     "AnimateDiff-MotionDirector, temporal": ("animatediff", "animatediff_v3", {"temporal": 20 * 10}),
     "AnimateDiff-MotionDirector, temporal, its own names": ("diffusers", "animatediff_v3", {"temporal": 20 * 10}),
     "AnimateDiff-MotionDirector, spatial": ("diffusers", "sd15", {"spatial": 16 * 10}),

@@ -28,7 +28,7 @@ from charforgex.data.cache import Cache, Entry, key_of
 from charforgex.data.dataset import Item, Order, arrange, group
 from charforgex.data.prepared import LoadParts, PreparedData, geometry
 from charforgex.data.windows import Timeline, Window, measure, read_windows, windows
-from charforgex.errors import DataError
+from charforgex.errors import ConfigError, DataError
 from charforgex.runs import sha256_file
 from charforgex.types import Components
 from charforgex.videos import Unreadable, check_pyav
@@ -227,8 +227,11 @@ class ClipData(PreparedData):
     ) -> dict[str, int]:
         """Choose sizes, and encode what the cache lacks. Returns how many "latent" and "text" entries were made.
 
-        The arguments are those of `CharacterData.prepare`. A clip is encoded whole, and each for itself.
+        The arguments are those of `CharacterData.prepare`. A clip is encoded whole, and each for itself. Raises ConfigError for a family
+        of pictures, DataError if every video is too small.
         """
+        if not family.is_video:
+            raise ConfigError(f"family={family.name} makes pictures, and clips are for families of clips; set family=animatediff.")
         items, notes = arrange(self.train, self.resolutions, pixel_multiple, self.upscale, {})
         held_out, more_notes = arrange(self.val, self.resolutions, pixel_multiple, self.upscale, {})
         self.notes = list(dict.fromkeys([*self.notes, *notes, *more_notes]))
