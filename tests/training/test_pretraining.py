@@ -12,6 +12,8 @@ from charforgex.charworld.captioner import describe
 from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.parts import component_class
+from charforgex.generation.ifnet import load
+from charforgex.training.interpolating import LAYOUT
 
 
 def train(tmp_path, stage, steps=2, **settings):
@@ -64,6 +66,14 @@ def test_faces_goes_on_from_the_embedded_one(folder):
     trained, embedded = load_detector(folder / "faces" / "weights"), load_detector()
     differences = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), embedded.parameters(), strict=True)]
     assert 0 < max(differences) < 0.2
+
+
+def test_flow_is_no_worse_than_what_it_begins_with_and_loads_as_any_weights(folder):
+    result = train(folder, "flow", pictures=8, batch_size=4)
+    assert result["measures"]["psnr"] > result["measures"]["psnr_dis"] - 0.3
+    net = load(folder / "flow/weights/interpolator/model.safetensors")
+    assert net.layout == LAYOUT and net.block1.lastconv[0].weight.abs().max() > 0
+    assert provenance(result, "interpolator")["pictures_seen"] == 8
 
 
 def test_base_goes_on_from_the_embedded_one_and_loads_like_any(folder):

@@ -5,8 +5,8 @@ Frames are uint8 RGB (H, W, 3); a time is in (0, 1), from the first frame to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,36 @@ def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[n
     Each of the flows says where a pixel of the new frame lies in the two frames. The one along which they agree counts: at the edge of what
     covers something, or uncovers it, this is one of the two.
     """
+    found = []
+    for one, other in _ways(first, second, times):
+        weight = 1 / (1 + np.exp(np.clip((one.apart - other.apart) / APART, -30, 30)))[..., None]
+        found.append(np.clip(weight * one.frame + (1 - weight) * other.frame + 0.5, 0, 255).astype(np.uint8))
+    return found
+
+
+def started(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> np.ndarray:
+    """What `dis` knows of the frames at these times, float32 (T, 5, H, W), for a network to go on from: at each pixel the flow along which
+    the two frames agree better, to the first one (x, y) and to the second one, and the logit of the first one's share at that time.
+    """
+    found = []
+    for time, (one, other) in zip(times, _ways(first, second, times), strict=True):
+        flow = np.where((one.apart <= other.apart)[..., None], one.flow, other.flow)
+        found.append(np.concatenate([flow, np.full_like(flow[..., :1], np.log((1 - time) / time))], -1).transpose(2, 0, 1))
+    return np.stack(found)
+
+
+class Way(NamedTuple):
+    """A new frame as one of the flows has it, float32: `flow` (H, W, 4) from its pixels to the first frame (x, y) and to the second one,
+    the `frame` (H, W, 3) that they give together, and how far `apart` (H, W) they are around each pixel.
+    """
+
+    flow: np.ndarray
+    frame: np.ndarray
+    apart: np.ndarray
+
+
+def _ways(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> Iterator[tuple[Way, Way]]:
+    """At each time, by the flow from the first frame to the second, and by the flow back."""
     import cv2
 
     height, width = first.shape[:2]
@@ -46,26 +76,22 @@ def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[n
     finder = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     there, back = finder.calc(*grey, None), finder.calc(*grey[::-1], None)
     grid = np.stack(np.meshgrid(*(np.arange(side, dtype=np.float32) for side in first.shape[1::-1])), -1)
-    found = []
     for time in times:
-        one, apart = _moved(first, second, there, grid, time)
-        other, other_apart = _moved(second, first, back, grid, 1 - time)
-        weight = 1 / (1 + np.exp(np.clip((apart - other_apart) / APART, -30, 30)))[..., None]
-        found.append(np.clip(weight * one + (1 - weight) * other + 0.5, 0, 255).astype(np.uint8)[:height, :width])
-    return found
+        one, other = _moved(first, second, there, grid, time), _moved(second, first, back, grid, 1 - time)
+        other = Way(np.concatenate([other.flow[..., 2:], other.flow[..., :2]], -1), other.frame, other.apart)
+        yield tuple(Way(*(part[:height, :width] for part in way)) for way in (one, other))
 
 
-def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.ndarray, time: float) -> tuple[np.ndarray, np.ndarray]:
-    """The frame at `time` as the flow from `first` to `second` has it, float32, and how far the two are apart around each pixel."""
+def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.ndarray, time: float) -> Way:
+    """The frame at `time` as the flow from `first` to `second` has it."""
     import cv2
 
     moved = flow
     for _ in range(STEPS):  # what is here now left from where its own flow led here
         moved = _at(flow, grid - time * moved)
-    one, two = (
-        _at(frame, places).astype(np.float32) for frame, places in ((first, grid - time * moved), (second, grid + (1 - time) * moved))
-    )
-    return (1 - time) * one + time * two, cv2.blur(np.abs(one - two).mean(-1), (5, 5))
+    ways = -time * moved, (1 - time) * moved
+    one, two = (_at(frame, grid + way).astype(np.float32) for frame, way in zip((first, second), ways, strict=True))
+    return Way(np.concatenate(ways, -1), (1 - time) * one + time * two, cv2.blur(np.abs(one - two).mean(-1), (5, 5)))
 
 
 def small(pixels: np.ndarray) -> np.ndarray:
@@ -110,9 +136,11 @@ def by_network(net: IFNet, batch: int, tile: int | None) -> Method:
         pair = [torch.tensor(one, device=device).permute(2, 0, 1)[None].float() / 255 for one in (first, second)]
         found: list[np.ndarray] = []
         for start in range(0, len(times), batch):
-            time = torch.tensor(times[start : start + batch], dtype=torch.float32, device=device)
+            some = times[start : start + batch]
+            time = torch.tensor(some, dtype=torch.float32, device=device)
             frames = [one.expand(len(time), -1, -1, -1) for one in pair]
-            made = net(*frames, time) if tile is None else net.tiled(*frames, time, tile, OVERLAP)
+            begun = torch.from_numpy(started(first, second, some)).to(device) if net.layout.given else None
+            made = net(*frames, time, begun) if tile is None else net.tiled(*frames, time, tile, OVERLAP, begun)
             found += list((made * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
         return found
 

@@ -8,8 +8,8 @@ in the first frame (x, y), and in the second one, in pixels. Blocks refine it fr
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +25,14 @@ LEAK = 0.2
 @dataclass(frozen=True)
 class Layout:
     """`widths`: channels of each block. `head`: hidden and outgoing channels of the network that looks at each frame first, if any.
-    `passed`: channels that blocks hand on to the next besides flow and mask.
+    `passed`: channels that blocks hand on to the next besides flow and mask. `given`: whether the first block goes on from a flow and a
+    mask as the others do, rather than finding them.
     """
 
     widths: tuple[int, ...] = (192, 128, 96, 64, 32)
     head: tuple[int, int] | None = (16, 4)
     passed: int = 8
+    given: bool = False
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -43,9 +45,11 @@ class Layout:
         return 4 * self.scales[0]
 
     def inputs(self, block: int) -> int:
-        """Two frames and their features and the time; then also mask, flow and what is passed on."""
+        """Two frames and their features and the time; later also mask, flow and what is passed on."""
         features = 2 * self.head[1] if self.head else 0
-        return 7 + features if block == 0 else 12 + features + self.passed
+        if block == 0:
+            return features + (12 if self.given else 7)
+        return 12 + features + self.passed
 
 
 # RIFE 4.6; 4.13 to 4.18; 4.20; 4.25. Others of the same parts are read off their files' shapes.
@@ -62,6 +66,11 @@ def warped(pictures_BChw: Tensor, flow_B2hw: Tensor) -> Tensor:
     y = torch.arange(height, device=flow_B2hw.device, dtype=flow_B2hw.dtype)[:, None] + flow_B2hw[:, 1]
     grid = torch.stack([x * (2 / max(1, width - 1)) - 1, y * (2 / max(1, height - 1)) - 1], dim=-1)
     return F.grid_sample(pictures_BChw, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def along(pairs: list[Tensor], flow: Tensor) -> list[Tensor]:
+    """The first and the second of each pair (pictures, features) along its half of the flow."""
+    return [warped(one, flow[:, :2] if side % 2 == 0 else flow[:, 2:]) for side, one in enumerate(pairs)]
 
 
 def resized(tensor: Tensor, factor: float) -> Tensor:
@@ -128,33 +137,35 @@ class IFNet(nn.Module):
         if layout.head:
             self.encode = Head(*layout.head)
 
-    def flow(self, first: Tensor, second: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 4, H, W) and the mask (B, 1, H, W) in [0, 1], 1 where the first frame is to be seen. Sizes are multiples of
-        `layout.multiple`.
+    def refined(self, first: Tensor, second: Tensor, time_B: Tensor, start_B5hw: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """After each block the flow (B, 4, H, W), the mask (B, 1, H, W) in [0, 1], 1 where the first frame is to be seen, and the frame
+        (B, 3, H, W) between. Sizes are multiples of `layout.multiple`. `start_B5hw` where `layout.given`: a flow, and the mask's logit.
         """
-        features = [self.encode(first), self.encode(second)] if self.layout.head else []
-        time = time_B.to(first).view(-1, 1, 1, 1).expand(len(first), 1, *first.shape[2:])
-        flow, mask, seen = None, None, torch.cat([first, second, *features, time], 1)
+        frames, time = [first, second], time_B.to(first).view(-1, 1, 1, 1).expand(len(first), 1, *first.shape[2:])
+        if self.layout.head:
+            frames += [self.encode(first), self.encode(second)]
+        flow, mask, passed, moved = None, None, [], frames
+        if self.layout.given:
+            flow, mask = start_B5hw[:, :4], start_B5hw[:, 4:]
+            moved = along(frames, flow)
         for place, scale in enumerate(self.layout.scales):
-            change, new, passed = getattr(self, f"block{place}")(seen, flow, scale)
+            seen = torch.cat([*moved, time, *([] if mask is None else [mask]), *passed], 1)
+            change, new, left = getattr(self, f"block{place}")(seen, flow, scale)
             flow = change if flow is None else flow + change
             mask = mask + new if mask is not None and not self.layout.head else new  # with a head, each block's mask is whole
-            if place + 1 < len(self.layout.scales):
-                pairs = [first, second, *features]
-                pairs = [warped(one, flow[:, :2] if side % 2 == 0 else flow[:, 2:]) for side, one in enumerate(pairs)]
-                seen = torch.cat([*pairs, time, mask, *([passed] if self.layout.passed else [])], 1)
-        return flow, torch.sigmoid(mask)
+            last = place + 1 == len(self.layout.scales)
+            moved, passed, share = along(frames[:2] if last else frames, flow), [left] if self.layout.passed else [], torch.sigmoid(mask)
+            yield flow, share, moved[0] * share + moved[1] * (1 - share)
 
-    def forward(self, first: Tensor, second: Tensor, time_B: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor, time_B: Tensor, start_B5hw: Tensor | None = None) -> Tensor:
         """The frames (B, 3, H, W) at times in (0, 1) between `first` and `second`, of any size."""
         height, width = first.shape[2:]
         below, beside = -height % self.layout.multiple, -width % self.layout.multiple
-        first, second = (F.pad(one, (0, beside, 0, below), mode="replicate") for one in (first, second))
-        flow, mask = self.flow(first, second, time_B)
-        between = warped(first, flow[:, :2]) * mask + warped(second, flow[:, 2:]) * (1 - mask)
+        padded = [one if one is None else F.pad(one, (0, beside, 0, below), mode="replicate") for one in (first, second, start_B5hw)]
+        *_, (_, _, between) = self.refined(*padded[:2], time_B, padded[2])
         return between[:, :, :height, :width].clamp(0, 1)
 
-    def tiled(self, first: Tensor, second: Tensor, time_B: Tensor, tile: int, overlap: int) -> Tensor:
+    def tiled(self, first: Tensor, second: Tensor, time_B: Tensor, tile: int, overlap: int, start: Tensor | None = None) -> Tensor:
         """As `forward`, in tiles of at most `tile` pixels a side, for frames that do not fit into memory whole.
 
         Tiles lie on multiples of `layout.multiple`, so that each samples where the whole would; where they overlap, one fades into the
@@ -164,14 +175,14 @@ class IFNet(nn.Module):
         overlap = -(-overlap // self.layout.multiple) * self.layout.multiple
         rows, columns = (places(size, tile, overlap, self.layout.multiple) for size in (height, width))
         if len(rows) == len(columns) == 1:
-            return self(first, second, time_B)
+            return self(first, second, time_B, start)
         total, weights = torch.zeros_like(first), first.new_zeros(1, 1, height, width)
         for top, bottom in rows:
             for left, right in columns:
                 part = (slice(None), slice(None), slice(top, bottom), slice(left, right))
                 weight = ramp(top, bottom, height, overlap)[:, None] * ramp(left, right, width, overlap)
                 weight = weight.to(first)
-                total[part] += self(first[part], second[part], time_B) * weight
+                total[part] += self(first[part], second[part], time_B, start if start is None else start[part]) * weight
                 weights[part] += weight
         return total / weights
 
@@ -242,5 +253,5 @@ def layout_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Layout:
         raise ModelError(f"weights={path} is no IFNet that can be read here: {why}; take flownet of RIFE 4.6 or 4.13 to 4.25.")
     head = shapes.get("encode.cnn3.weight")
     widths = tuple(last[place][0] for place in range(len(last)))
-    passed = last[0][1] // 4 - 5
-    return Layout(widths, tuple(head[:2]) if head and len(head) == 4 else None, passed if passed > 1 else 0)
+    layout = Layout(widths, tuple(head[:2]) if head and len(head) == 4 else None, passed if (passed := last[0][1] // 4 - 5) > 1 else 0)
+    return replace(layout, given=shapes.get("block0.conv0.0.0.weight", (0, 0))[1:2] == (replace(layout, given=True).inputs(0),))

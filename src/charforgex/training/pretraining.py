@@ -2,8 +2,9 @@
 
 Stages: vae, text (the text encoders, for SDXL with CLIP), judge, base (the denoiser), decoder (the VAE's, with its encoder frozen, so
 that the base stays valid), guidance (Flux's base learns to take guidance as an input), faces (the detector), pose (the reader of
-poses), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs. Each runs through the loop
-that trains LoRAs: resumable at any instant, logged, with its checkpoints. AnimateDiff has a base alone, made from SDXL's embedded one.
+poses), flow (frames between frames), captioner (with the embedded CLIP's eye). Flux and SD3 share their VAE and T5, and have SDXL's CLIPs.
+Each runs through the loop that trains LoRAs: resumable at any instant, logged, with its checkpoints. AnimateDiff has a base alone, made
+from SDXL's embedded one.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from charforgex.quiet import quiet
 from charforgex.training import filming, report, stages
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.detecting import FacesModule
+from charforgex.training.interpolating import FlowModule, Moves
 from charforgex.training.job import choose_device
 from charforgex.training.logs import StepLog
 from charforgex.training.loop import StepLoader, fit
@@ -54,7 +56,7 @@ from charforgex.types import Components
 DENOISERS = {"sdxl": models.unet, "flux": models.flux, "sd3": models.sd3, "animatediff": models.motion_unet}
 VARIANTS = 12  # pictures of each character in the judge's bank
 # stages that train no part of a base: their folders
-EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "captioner": "captioner"}
+EMBEDDED = {"judge": "judge", "faces": "detector", "pose": "pose", "flow": "interpolator", "captioner": "captioner"}
 
 
 def folders(stage: str, family: str) -> list[str]:
@@ -74,7 +76,7 @@ def folders(stage: str, family: str) -> list[str]:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "pose", "captioner"]
+    stage: Literal["vae", "text", "judge", "base", "decoder", "guidance", "faces", "pose", "flow", "captioner"]
     family: Literal["sdxl", "flux", "sd3", "animatediff"] = "sdxl"
     out: Path | None = None
     start: str | None = None
@@ -185,6 +187,8 @@ def make_banks(options: PretrainSettings, cache: Path):
     """What a stage learns on, and what it is measured on."""
     if options.stage == "pose":
         return Moments(options.pictures, seed=1), Moments(800, seed=2, held_out=True)
+    if options.stage == "flow":
+        return Moves(options.pictures, seed=1), Moves(400, seed=2, held_out=True)
     if options.stage == "faces":
         return Cast(options.pictures, seed=1), Cast(400, seed=2, held_out=True)
     if options.family == "animatediff":
@@ -243,6 +247,12 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
                 from charforgex.charworld.assets import load_detector
 
                 module.network.load_state_dict(load_detector(start).state_dict())
+        case "flow":
+            module = FlowModule(**common)
+            if start is not None:
+                from charforgex.generation.ifnet import load
+
+                module.network.load_state_dict(load(start / "interpolator/model.safetensors").state_dict())
         case "base" if options.family == "animatediff":
             family, home = registry.get(options.family), start or Path(cfg.cache_dir) / "motion_start"
             if start is None:
@@ -310,7 +320,7 @@ def save_stage(options: PretrainSettings, module, bank: RenderedBank, out: Path)
         case "base" | "guidance":
             _save(module.denoiser, out / folders("base", options.family)[0])
             write_index(out / options.family)
-        case "judge" | "faces" | "pose":
+        case "judge" | "faces" | "pose" | "flow":
             folder = out / EMBEDDED[options.stage]
             folder.mkdir(parents=True, exist_ok=True)
             weights = {n: t.half().contiguous() for n, t in module.network.state_dict().items() if t.is_floating_point()}
