@@ -147,11 +147,9 @@ def minterpolate(scene: Scene, times: tuple[float, ...]) -> tuple[list[np.ndarra
 
 
 def cuts(scenes: list[Scene]) -> dict[str, float]:
-    """With the threshold of conf/interpolate.yaml."""
-    from charforgex.config import compose
+    """With the threshold that holds where none is said."""
     from charforgex.generation.between import small, strange
-
-    limit = compose("interpolate", ["files=[a,b]"]).scene
+    from charforgex.generation.interpolate import SCENE as limit
     seen = [[small(scene(moment)) for moment in (0, 1)] for scene in scenes]
     different = [strange(one[1], two[0]) > limit for one, two in zip(seen, seen[1:] + seen[:1], strict=True)]
     same = [strange(*pair) > limit for pair in seen]

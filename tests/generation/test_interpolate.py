@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import charforgex
@@ -155,11 +156,11 @@ def test_weights_in_a_file_are_used(tmp_path):
     ("settings", "said"),
     [
         (["factor=4", "fps=60"], "leave one out"),
-        (["by=rife"], r"needs weights=<flownet\.safetensors>"),
         (["tile=512", "batch=2"], "batch and tile would have no effect with by=dis"),
         (["device=cpu"], "device would have no effect"),
         (["codec=vp9"], "holds h264, h265, av1"),
         (["factor=1"], "at least 2"),
+        (["seconds=2"], "seconds=2 would have no effect: the files are of a video"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, said):
@@ -174,11 +175,49 @@ def test_a_quality_for_what_loses_nothing_is_refused(tmp_path):
         interpolate(compose("interpolate", [f"files=[{tmp_path}/in.mp4,{tmp_path}/out.mkv]", "codec=ffv1", "crf=20"]))
 
 
+def drawn(folder, sizes=((32, 48),) * 3):
+    """Pictures of these sizes (H, W), each of one colour: a.png, b.png, ..."""
+    for name, level, size in zip("abc", (0, 100, 200), sizes, strict=False):
+        Image.new("RGB", size[::-1], (level, 0, 0)).save(folder / f"{name}.png")
+
+
+def test_from_picture_to_picture_in_so_many_seconds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["interpolate", "a.png", "b.png", "c.png", "out.mkv", "seconds=0.5", "fps=8", "by=linear", "codec=ffv1"])
+    assert done.value.code == 0 and "9 frames at 8 a second, of 3; cuts: 0" in capsys.readouterr().out
+    found = list(frames(tmp_path / "out.mkv"))
+    assert [frame.pixels[9, 9, 0] for frame in found] == pytest.approx(range(0, 225, 25), abs=1)
+    assert [float(frame.time) for frame in found] == pytest.approx([place / 8 for place in range(9)], abs=0.001)
+    told = charforgex.interpolate(files=["a.png", "b.png", "frames"])
+    assert told["frames"] == 26 and told["rate"] == 25
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "said"),
+    [
+        (["a.png", "b.png"], {"factor": 2}, "factor=2 would have no effect: the files are of pictures"),
+        (["a.png", "b.png"], {"scene": 0.3}, "scene=0.3 would have no effect"),
+        (["a.png"], {}, "name a video and what becomes of it"),
+        (["a.png", "in.mp4"], {}, r"in\.mp4 is none of"),
+        (["a.png", "c.png"], {}, r"c\.png is 40 x 32, and a\.png is 48 x 32; resize or cut"),
+        (["a.png", "bad.png"], {}, r"files=.*bad\.png is damaged or no picture"),
+    ],
+)
+def test_pictures_that_do_not_go_together_are_refused(tmp_path, files, settings, said):
+    drawn(tmp_path, ((32, 48), (32, 48), (32, 40)))
+    (tmp_path / "bad.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(CharForgeError, match=said):
+        charforgex.interpolate(files=[str(tmp_path / name) for name in (*files, "out.mp4")], **settings)
+    assert not (tmp_path / "out.mp4").exists()
+
+
 def test_nothing_is_overwritten_or_left_half_done(tmp_path):
     data = make(tmp_path / "in.mp4", range(90)).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
     for files, said in (
-        (["in.mp4", "in.mp4"], "is the video itself"),
+        (["in.mp4", "in.mp4"], "is what is read"),
         (["cut.mp4", "in.mp4"], "exists; say overwrite=true"),
         (["in.mp4"], "name a video and what becomes of it"),
         (["cut.mp4", "new.mp4"], r"cut\.mp4: .*; write what is left of it anew"),

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from charforgex.videos import Frame
 
 
-def picture(path: Path) -> np.ndarray:
-    """uint8 RGB (H, W, 3), upright, what is transparent on white. Raises DataError."""
+def picture(path: Path, setting: str = "init") -> np.ndarray:
+    """uint8 RGB (H, W, 3), upright, what is transparent on white. Raises DataError, as of that setting."""
     try:
         with Image.open(path) as opened:
             found = ImageOps.exif_transpose(opened).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"init={path} is damaged or no picture: {error}; name a picture or a video.") from error
+        raise DataError(f"{setting}={path} is damaged or no picture: {error}; name a picture or a video.") from error
     white = Image.new("RGBA", found.size, "white")
     return np.asarray(Image.alpha_composite(white, found).convert("RGB"))
 

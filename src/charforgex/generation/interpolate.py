@@ -1,4 +1,5 @@
-"""`charforgex interpolate in.mp4 out.mp4 factor=4`: frames between the frames of a video, so that it moves more smoothly at the same speed.
+"""`charforgex interpolate in.mp4 out.mp4 factor=4`: frames between the frames of a video, so that it moves more smoothly at the same speed;
+or with `a.png b.png c.png out.mp4 seconds=1` from each of several pictures to the next.
 
 Two frames are held at a time, whatever the length. What follows a cut is never blended with what came before it.
 """
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import charforgex
 from charforgex import videos
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, DataError
@@ -23,34 +25,47 @@ if TYPE_CHECKING:
 
 FINEST = 1 << 31  # ticks a second that files can count
 NETWORK = ("weights", "batch", "tile")  # settings of by=rife alone
+EMBEDDED = Path(charforgex.__file__).parent / "charworld/assets/interpolator/model.safetensors"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SCENE, SECONDS, FPS = 0.2, 1.0, 25.0  # where nothing is said, of videos and of pictures
 
 Moments = Callable[[Fraction, Fraction], list[tuple[Fraction, Fraction]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`files`: the video, and what becomes of it. `factor`: frames for each frame; or `fps`, frames a second, at even times; neither is
-    factor=2. `scene`: the share of a frame, of 1, from which on it is a cut if nothing in the frame before explains it.
+    """`files`: the video, or two pictures and more, and what becomes of it. `factor`: frames for each frame of a video; or `fps`, frames a
+    second, at even times; neither is factor=2. `scene`: the share of a frame, of 1, from which on it is a cut if nothing in the frame
+    before explains it. `seconds` from each picture to the next.
     """
 
     files: Path | list[Path]
     factor: Annotated[int, Range(at_least=2, at_most=64)] | None = None
     fps: Annotated[float, Range(above=0, at_most=1000)] | None = None
+    seconds: Annotated[float, Range(at_least=0.01, at_most=3600)] | None = None
     by: Literal["dis", "linear", "rife"] = "dis"
     weights: Path | None = None
     batch: Annotated[int, Range(at_least=1)] | None = None
     tile: Annotated[int, Range(at_least=256)] | None = None
     device: str = "auto"
-    scene: Annotated[float, Range(above=0, at_most=1)] = 0.2
+    scene: Annotated[float, Range(above=0, at_most=1)] | None = None
     sound: bool = True
     codec: Codec | None = None
     crf: Annotated[int, Range(at_least=0, at_most=63)] | None = None
     overwrite: bool = False
 
     def __post_init__(self):
-        if isinstance(self.files, Path) or len(self.files) != 2:
-            named = [str(path) for path in ([self.files] if isinstance(self.files, Path) else self.files)]
-            raise ConfigError(f"files={named}: name a video and what becomes of it: in.mp4 out.mp4")
+        named = [self.files] if isinstance(self.files, Path) else self.files
+        if len(named) < 2 or (len(named) == 2 and self.pictures):
+            said = [str(path) for path in named]
+            raise ConfigError(f"files={said}: name a video and what becomes of it: in.mp4 out.mp4; or pictures: a.png b.png out.mp4")
+        if len(named) > 2 and not self.pictures:
+            odd = next(path for path in named[:-1] if path.suffix.lower() not in PICTURES)
+            raise ConfigError(f"files: {odd} is none of {', '.join(PICTURES)}, and only pictures can be several; name one video.")
+        for name in ("factor", "scene") if self.pictures else ("seconds",):
+            if (value := getattr(self, name)) is not None:
+                way = "of pictures; say seconds= and fps=" if self.pictures else "of a video, which has its times; say factor= or fps="
+                raise ConfigError(f"{name}={value:g} would have no effect: the files are {way}.")
         if self.factor is not None and self.fps is not None:
             raise ConfigError(f"factor={self.factor} and fps={self.fps:g} both say how many frames there are; leave one out.")
         if self.by == "rife" and self.weights is None:
@@ -60,20 +75,26 @@ class Settings:
             raise ConfigError(f"{' and '.join(idle)} would have no effect with by={self.by}; leave it out, or say by=rife.")
 
     @property
+    def pictures(self) -> list[Path]:
+        """All files but the last, if they are pictures; empty for a video."""
+        named = [] if isinstance(self.files, Path) else self.files[:-1]
+        return named if all(path.suffix.lower() in PICTURES for path in named) else []
+
+    @property
     def source(self) -> Path:
         return self.files[0]
 
     @property
     def out(self) -> Path:
-        return self.files[1]
+        return self.files[-1]
 
     def check(self) -> None:
         """What can be known before a frame is read. Raises ConfigError."""
         codec = videos.check_output(self.out, self.codec)
         if self.crf is not None and (codec is None or videos.ENCODERS[codec][1] is None):
             raise ConfigError(f"crf={self.crf} would have no effect: {self.out.name} keeps all that its format can; leave it out.")
-        if self.out.resolve() == self.source.resolve():
-            raise ConfigError(f"{self.out} is the video itself, which stays as it is; name another file.")
+        if self.out.resolve() in [path.resolve() for path in self.files[:-1]]:
+            raise ConfigError(f"{self.out} is what is read, which stays as it is; name another file.")
         if self.out.is_file() and not self.overwrite:
             raise ConfigError(f"{self.out} exists; say overwrite=true to replace it, or name another file.")
 
@@ -82,9 +103,13 @@ def interpolate(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the video and tells what was done. Raises a CharForgeError; then nothing is written."""
     settings = bind(Settings, cfg, "")
     settings.check()
-    clock = videos.clock(settings.source)
+    if settings.pictures:
+        source, clock = shown(settings.pictures, Fraction(str(settings.seconds or SECONDS)), 1 / as_rate(settings.fps or FPS)), None
+    else:
+        source, clock = videos.frames(settings.source), videos.clock(settings.source)
     output, moments = planned(settings, clock)
     method = method_of(settings)
+    scene = 1.0 if settings.pictures else settings.scene or SCENE  # no two pictures are too different
     told = {"out": str(settings.out), "by": settings.by, "frames": 0, "frames_before": 0, "cuts": []}
 
     def counted(frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -93,8 +118,7 @@ def interpolate(cfg: Mapping[str, Any]) -> dict[str, Any]:
             yield frame
 
     with videos.writing(output) as out:
-        frames = counted(videos.frames(settings.source))
-        for pixels, time, lasts in smooth(frames, method, moments, settings.scene, told["cuts"]):
+        for pixels, time, lasts in smooth(counted(source), method, moments, scene, told["cuts"]):
             out.write(pixels, time, lasts)
             told["frames"] += 1
     told["cuts"] = [round(float(time), 3) for time in told["cuts"]]
@@ -104,14 +128,29 @@ def interpolate(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def planned(settings: Settings, clock: videos.Clock) -> tuple[Output, Moments]:
-    """Where the frames go, and at which times they are."""
+def shown(paths: list[Path], seconds: Fraction, lasts: Fraction) -> Iterator[Frame]:
+    """The pictures at even times; one is opened at a time, and the last one lasts so long. Raises DataError, before the first, for damaged
+    ones and other sizes.
+    """
+    from charforgex.generation.beginnings import picture
+
+    sizes = [picture(path, "files").shape[1::-1] for path in paths]
+    for path, size in zip(paths, sizes, strict=True):
+        if size != sizes[0]:
+            first, other = ("{} x {}".format(*one) for one in (sizes[0], size))
+            raise DataError(f"files={path} is {other}, and {paths[0].name} is {first}; resize or cut one of them to the other's size.")
+    return (Frame(picture(path, "files"), place * seconds, lasts) for place, path in enumerate(paths))
+
+
+def planned(settings: Settings, clock: videos.Clock | None) -> tuple[Output, Moments]:
+    """Where the frames go, and at which times they are; without a `clock` those of pictures."""
     holds = bool(videos.HOLDS[settings.out.suffix.lower()])
-    sound = settings.source if settings.sound and holds else None
-    how = f"fps={settings.fps:g}" if settings.fps else f"factor={settings.factor or 2}"
+    sound = settings.source if settings.sound and holds and clock else None
+    fps = settings.fps if clock else settings.fps or FPS
+    how = f"fps={fps:g}" if fps else f"factor={settings.factor or 2}"
     comment = f"charforgex {version('charforgex')} interpolate {how} by={settings.by}"
-    if settings.fps is not None:
-        rate = as_rate(settings.fps)
+    if fps is not None:
+        rate = as_rate(fps)
         return Output(settings.out, rate, rate.numerator, settings.codec, settings.crf, sound, comment), evenly(rate)
     factor = settings.factor or 2
     ticks = clock.tick.denominator * factor
@@ -120,7 +159,7 @@ def planned(settings: Settings, clock: videos.Clock) -> tuple[Output, Moments]:
 
 
 def method_of(settings: Settings) -> Method:
-    """Raises ModelError for weights that cannot be read."""
+    """By the embedded network where no other is named. Raises ModelError for weights that cannot be read."""
     from charforgex.generation import between
 
     if settings.by != "rife":
@@ -128,7 +167,7 @@ def method_of(settings: Settings) -> Method:
     from charforgex.generation.ifnet import load
     from charforgex.generation.run import device_of
 
-    return between.by_network(load(settings.weights, device_of(settings)), settings.batch or 1, settings.tile)
+    return between.by_network(load(settings.weights or EMBEDDED, device_of(settings)), settings.batch or 1, settings.tile)
 
 
 # ---- when ----
