@@ -2,6 +2,7 @@
 
     python benchmarks/motion.py             trains a LoRA of each held-out motion on the embedded base, then draws and reads clips
     python benchmarks/motion.py --quick     two steps on one motion and two clips, nothing written: a look
+    python benchmarks/motion.py --seen      no training: what the base makes of the motions that it was shown
     python benchmarks/motion.py --rendered  no training and no base: what real clips are read as, and clips that are spoilt in known ways
 
 The embedded base was never shown the held-out motions. Clips are drawn of the same prompts and noise by the base and with the LoRA's
@@ -330,6 +331,18 @@ def write(part: str, text: str) -> None:
     PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
+def seen_section(rows: dict[str, dict[str, dict[str, float]]], count: int) -> str:
+    """What the base itself has learnt: of each motion, and on average."""
+    keys = [key for key in DETAILS if key in next(iter(rows.values()))["base"]]
+    lines = [f"| motion | {' | '.join(DETAILS[key][0] for key in keys)} |", f"|---|{'---|' * len(keys)}"]
+    told = {name: found["base"] for name, found in rows.items()}
+    for side in ("base", "real"):
+        found = {key: mean(row[side][key] for row in rows.values()) for key in keys}
+        told["mean" if side == "base" else "mean of real clips"] = found
+    lines += [f"| {name} | {' | '.join(DETAILS[key][1].format(row[key]) for key in keys)} |" for name, row in told.items()]
+    return f"{count} clips of each motion that the embedded base was shown, of characters that it was not.\n\n" + "\n".join(lines)
+
+
 def strips(pictures: dict[str, list[np.ndarray]], path: Path) -> None:
     """Each clip's frames side by side, one below the other, twice as large."""
     from PIL import Image
@@ -342,6 +355,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rendered", action="store_true")
+    parser.add_argument("--seen", action="store_true")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/motion")
     parser.add_argument("--source", default="charworld", help="the base: a folder, or charworld for the embedded one")
     parser.add_argument("--motions", nargs="+", choices=HELD_OUT_MOTIONS, default=HELD_OUT_MOTIONS)
@@ -359,6 +373,16 @@ def main() -> None:
         print(text)
         if not options.quick:
             write("rendered", text)
+    elif options.seen:
+        base, rows = Base(options.source, 3 if options.quick else None), {}
+        for name in options.motions if options.quick else ("still", *MOTIONS):
+            wanted = scenes(name, options.count, "drawn", held_out=False)
+            drawn = {"base": base.draw(wanted, {}, "base"), "real": [scene.rendered() for scene in wanted]}
+            rows[name] = {side: average([read(*pair, name) for pair in zip(some, wanted, strict=True)]) for side, some in drawn.items()}
+        values = rows
+        print(text := seen_section(rows, options.count))
+        if not options.quick:
+            write("seen", text)
     else:
         rows: dict[str, dict] = {name: {} for name in options.motions}
         base = Base(options.source, 3 if options.quick else None)
