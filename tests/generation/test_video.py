@@ -279,6 +279,7 @@ def test_a_loop_is_smooth_over_its_end(tmp_path):
         ({"strength": 0.5}, r"strength=0.5 has no effect without init"),
         ({"keep_first": True}, r"keep_first=true has no effect without init"),
         ({"init": "nothing.png"}, r"init=nothing.png is no file"),
+        ({"init": "here.gif"}, r"init=here.gif: moving GIF is not read; name a video such as .mp4"),
         ({"guidance_rescale": 0.7}, r"guidance_rescale=0.7 is for pictures"),
         ({"true_guidance": 2}, r"true_guidance=2 has no meaning for animatediff"),
         ({"guidance": 1, "negative": "dark"}, r"negative=dark has no effect with guidance=1"),
@@ -290,6 +291,7 @@ def test_a_loop_is_smooth_over_its_end(tmp_path):
 )
 def test_refused_before_weights_load(weightless, tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
+    Path("here.gif").write_bytes(b"GIF89a")
     with pytest.raises(ConfigError, match=message):
         make(weightless, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()

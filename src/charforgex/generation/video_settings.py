@@ -13,6 +13,7 @@ from charforgex.families.settings import Positive
 from charforgex.videos import Codec
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+MOVING = (".gif", ".apng")
 STRENGTH = {True: 0.8, False: 0.6}  # of an init that is a picture, or a video
 
 
@@ -49,6 +50,10 @@ class VideoSettings:
                 raise ConfigError(f"{name}={show(getattr(self, name))} has no effect without init=<a picture or a video>.")
         if self.init is not None and not self.init.is_file():
             raise ConfigError(f"init={self.init} is no file; name a picture or a video.")
+        if self.init is not None and self.init.suffix.lower() in MOVING:
+            raise ConfigError(
+                f"init={self.init}: moving {self.init.suffix[1:].upper()} is not read; name a video such as .mp4, or a picture."
+            )
         if self.travel is not None:
             self._check_travel()
 
