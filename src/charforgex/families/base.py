@@ -32,6 +32,7 @@ class Family(ABC):
     denoiser_name: ClassVar[str]
     is_video: ClassVar[bool] = False
     temporal: ClassVar[str] = ""  # of families of clips: part of the paths of modules that see several frames at once
+    pictures: ClassVar[str] = ""  # of families of clips: whose LoRA files those of all other modules are (registry.spelling)
     channels_per_latent: ClassVar[int] = 1  # input channels of the network for one of a latent: 4 where it takes packed ones
     has_true_guidance: ClassVar[bool] = False  # whether guidance is a vector, and classifier-free guidance something else besides
     training_guidance: ClassVar[float] = 1.0  # of that vector: at 3.5, a LoRA would learn to undo the distillation

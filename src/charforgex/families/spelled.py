@@ -67,6 +67,7 @@ def motion_name(ours: str) -> str:
 
 class AnimateDiff(Sd15):
     name = "animatediff"
+    pictures = "sd15"
     # ComfyUI-AnimateDiff-Evolved and sd-webui-animatediff read AnimateDiff's own names of them and no others
     lora_unread: ClassVar = dict.fromkeys(("kohya", "comfyui"), ".motion_modules.")
     lora_labels: ClassVar = {  # none of Sd15's: a LoRA of that is no motion LoRA

@@ -67,8 +67,9 @@ def _metadata(opened: Opened, settings: Settings) -> dict[str, str]:
     given = {name: getattr(settings, name) for name in asked if getattr(settings, name) is not None}
     found = lineage(opened, "convert", given)
     if settings.part is not None:  # the spatial part is a LoRA of the base without motion modules
-        family = registry.spelling("sd15" if settings.part == "spatial" else "animatediff")
-        found = {key: value for key, value in found.items() if key not in opened.base.spelling.lora_labels}
+        both = opened.base.spelling
+        family = registry.spelling(both.pictures) if settings.part == "spatial" else both
+        found = {key: value for key, value in found.items() if key not in both.lora_labels}
         found |= {**family.lora_labels, "charforgex.family": family.name}
     if settings.kind is not None:
         found = {key: value for key, value in found.items() if key not in LYCORIS_KEYS} | {"ss_network_module": "networks.lora"}

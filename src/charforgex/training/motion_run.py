@@ -353,7 +353,8 @@ def save(job: Job, family: Family, parts: Components, data: ClipData, learning: 
         lora = Lora(own)
         title = f"{cfg.name}_{'motion' if half == 'lora' else half}"
         metadata = build(
-            lora, family, title=title, base=str(cfg.family.source), trigger=cfg.data.trigger or "", tags=data.tag_frequency(),
+            lora, family if half == "lora" else registry.spelling(family.pictures),  # what looks like the clips is of the pictures' base
+            title=title, base=str(cfg.family.source), trigger=cfg.data.trigger or "", tags=data.tag_frequency(),
             resolution=(max(data.resolutions),) * 2, prediction=family.process(parts).prediction, steps=step,
             learning_rate=job.settings.optimizer.lr, batch_size=data.batch_size * job.settings.trainer.accumulate, pictures=len(data.items),
             seed=cfg.seed, config_sha256=runs.config_hash(cfg), dataset_sha256=data.dataset_hash,
