@@ -12,12 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["curate", "evaluate", "generate", "interpolate", "lora_tool", "merge", "train"]
+__all__ = ["curate", "curate_clips", "evaluate", "generate", "interpolate", "lora_tool", "merge", "train"]
 
 
 def curate(**settings: Any) -> dict[str, Any]:
     """What `charforgex curate name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
     return _run("curate", "charforgex.curation.run:curate", settings)
+
+
+def curate_clips(**settings: Any) -> dict[str, Any]:
+    """What `charforgex curate clips name=value ...` does. Returns the content of its result.json; raises a CharForgeError."""
+    return _run("curate_clips", "charforgex.curation.clips.run:curate_clips", settings)
 
 
 def train(**settings: Any) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 import json
 import random
 import shutil
+import struct
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import charforgex
 from charforgex.config import bind, compose
 from charforgex.curation.clips import assembling, cutting, measures, scanning
-from charforgex.curation.clips.run import curate_clips
 from charforgex.curation.clips.settings import ClipSettings, FrameSettings, WindowSettings
 from charforgex.curation.clips.windows import Short, windows
 from charforgex.curation.items import Face
@@ -21,7 +22,9 @@ from charforgex.videos import Output, frames, writing
 
 pytest.importorskip("av")
 SIZE = (64, 96)
-SMALL = ["curation.limits.min_side=32", "curation.workers=1", "curation.faces.detector=charworld"]
+SMALL = {
+    "curation.limits.min_side": 32, "curation.workers": 1, "curation.faces.detector": "charworld", "curation.windows.frames": 8,
+}  # fmt: skip
 EIGHT = WindowSettings(frames=4, fps=8)
 
 
@@ -92,6 +95,19 @@ def test_a_video_that_breaks_off_gives_what_is_whole(tmp_path):
     assert 1 <= len(whole) < 5 and all(window.num_missing == 0 for window in whole)
 
 
+def test_turned_videos_are_cut_upright(tmp_path):
+    data = bytearray(film(tmp_path / "a.mp4", [marked(0, index) for index in range(13)], codec="h264").read_bytes())
+    place = data.index(b"tkhd") + 44  # the display matrix
+    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(data)
+    ((window,), _) = found(tmp_path / "a.mp4")
+    assert window.small.shape == (4, 96, 64, 3) and window.looks[0].size == (64, 96)
+    wanted = {"a": {"indices": indices(window), "box": (8, 0, 64, 96), "size": (56, 96)}}
+    ((_, pictures),) = cutting.clips(tmp_path / "a.mp4", EIGHT, wanted)
+    assert [picture.size for picture in pictures] == [(56, 96)] * 4
+    assert np.abs(np.asarray(pictures[2]).astype(int) - np.rot90(marked(0, 6), -1)[:, 8:]).mean() < 4
+
+
 # ---- which part of them ----
 
 
@@ -160,9 +176,9 @@ def raw(tmp_path_factory):
     return folder
 
 
-def curate(raw, out, *overrides):
-    told = [f"data.root={raw}", f"out={out}", f"runs_dir={out.parent / 'runs'}", "curation.windows.frames=8", *SMALL]
-    return curate_clips(compose("curate_clips", [*told, "data.trigger=zatoki", "data.class_word=woman", *overrides]))
+def curate(raw, out, **more):
+    data = {"root": str(raw), "trigger": "zatoki", "class_word": "woman"}
+    return charforgex.curate_clips(data=data, out=str(out), runs_dir=str(out.parent / "runs"), **SMALL, **more)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +252,7 @@ def test_a_second_run_does_nothing_and_what_a_person_wrote_stays(made, raw, tmp_
             records = {record.path: record for record in Manifest.read(out / "clips/clips.jsonl").records}
             assert records[text.with_suffix(".mkv").name].captions == ("zatoki woman who agrees",)
     assert {path: path.stat().st_mtime_ns for path in (out / "clips").rglob("*.mkv")} == before
-    assert curate(raw, out, "curation.limits.min_motion=null")["clips"] == 4, "a limit alone: one more is cut, and nothing measured again"
+    assert curate(raw, out, **{"curation.limits.min_motion": None})["clips"] == 4, "one more is cut, nothing measured again"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -281,10 +297,10 @@ def test_what_cannot_be_done_is_said_first(tmp_path, raw):
     (tmp_path / "raw/a.png").write_bytes(b"")
     with pytest.raises(DataError, match="has no video among its 1 files"):
         curate(tmp_path / "raw", tmp_path / "out")
-    with pytest.raises(DataError, match=r"no clip is kept \(.*too small"):
-        curate(raw, tmp_path / "other", "curation.limits.min_side=200", "only_report=true")
+    with pytest.raises(DataError, match=r"no clip is kept \(.*exposure"):
+        curate(raw, tmp_path / "other", only_report=True, **{"curation.limits.max_low": 1})
     with pytest.raises(ConfigError, match=r"curation\.crop\.framing=middle is not among"):
-        curate(raw, tmp_path / "third", "curation.crop.framing=middle")
+        curate(raw, tmp_path / "third", **{"curation.crop.framing": "middle"})
     with pytest.raises(ConfigError, match=r"curation\.quality\.max_text is unknown"):
         compose("curate_clips", ["data.root=x", "curation.quality.max_text=1"])
 

@@ -160,7 +160,8 @@ def motion(grey_Thw: np.ndarray) -> float:
 
 def jump(grey_Thw: np.ndarray) -> float:
     """How many times as large the largest step from frame to frame is as the clip's large steps are (a quarter is larger), which count as
-    one grey level at least. A step is the mean of the absolute differences. 1 to 3 of what moves, 10 and more of a cut."""
+    one grey level at least. A step is the mean of the absolute differences. 1 to 2 of what moves, 3 where half a second is missing of a
+    pan, 10 and more at a cut."""
     steps = np.abs(np.diff(grey_Thw, axis=0)).mean(axis=(1, 2))
     return float(steps.max() / max(1.0, np.percentile(steps, 75)))
 
