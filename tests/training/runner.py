@@ -56,7 +56,8 @@ def child(overrides: list[str], kill_at_save: int | None, signal_at_step: list |
 
 
 def main() -> None:
-    import charforgex.training.character  # noqa: F401 - what the children need, imported once
+    import charforgex.training.character  # what the children need, imported once
+    import charforgex.training.motion_run  # noqa: F401
     from charforgex.families.parts import component_class
     from charforgex.families.registry import FAMILIES, get
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from charforgex.lora.checkpoints import saved_steps
 from charforgex.training.checkpoints import SafeCheckpointIO
@@ -64,7 +65,7 @@ def evidence(run_dir: Path, steps: int = STEPS) -> dict[str, bytes]:
     last = saved_steps(run_dir / "checkpoints")[0]
     assert SafeCheckpointIO().load_checkpoint(last)["step"] == steps
     files = [run_dir / "metrics.csv", run_dir / "debug.safetensors", run_dir / "debug_diffusers.safetensors", last / "tensors.safetensors"]
-    files += [last / "state.json"]
+    files += [last / "state.json", run_dir / "debug_motion.safetensors", run_dir / "debug_look.safetensors"]
     return {path.name: path.read_bytes() for path in files if path.exists()}
 
 
@@ -128,6 +129,26 @@ def test_kills_change_nothing_for_any_adapter_and_optimizer(runner, tmp_path, op
     found = evidence(tmp_path / "killed", 6)
     assert found == evidence(tmp_path / "whole", 6) and "debug.safetensors" in found
     assert ("debug_diffusers.safetensors" in found) == (options[0] != "lora.kind=lokr")
+
+
+def found_in(path: Path) -> tuple[list[str], dict[str, str]]:
+    """A file's keys and metadata."""
+    with safe_open(path, "pt") as file:
+        return list(file.keys()), file.metadata()
+
+
+def test_a_kill_changes_nothing_where_two_optimizers_learn_a_motion(runner, tmp_path):
+    settings = ["experiment=animatediff_motion", "trainer.steps=4", "trainer.checkpoint_every=2", "evaluation.every=4", "data.val_count=1"]
+    settings.append("evaluation.prompts=['a man']")
+    assert runner(tmp_path / "whole", *settings)["status"] == 0
+    assert runner(tmp_path / "killed", *settings, signal_at_step=[4, 0.3, signal.SIGKILL])["status"] == -signal.SIGKILL
+    assert runner(tmp_path / "killed", *settings)["status"] == 0
+    found = evidence(tmp_path / "killed", 4)
+    assert found == evidence(tmp_path / "whole", 4)
+    for half, family in (("motion", "animatediff"), ("look", "sd15")):
+        keys, told = found_in(tmp_path / "whole" / f"debug_{half}.safetensors")
+        assert {".motion_modules." in key for key in keys} == {half == "motion"}
+        assert told["charforgex.family"] == family and told["modelspec.title"] == f"debug_{half}"
 
 
 @pytest.mark.parametrize("workers", [2, 4])
