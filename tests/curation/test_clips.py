@@ -124,6 +124,8 @@ def test_the_crop_holds_the_face_wherever_it_goes():
     left, top, right, bottom = box
     assert left <= 30 and top <= 60 and right >= 80 and bottom >= 90 and (right - left, bottom - top) == size
     assert size[0] == size[1] and size[0] % 8 == 0
+    far, size = measures.crop_of(480, 270, Face((20, 60, 400, 90), 0.9), FrameSettings())
+    assert far == (78, 3, 342, 267) and size == (264, 264), "it goes further than a square can show: the middle of its way"
     centre, size = measures.crop_of(480, 270, None, FrameSettings())
     assert centre == (108, 3, 372, 267) and size == (264, 264)
     assert measures.crop_of(1921, 1079, None, FrameSettings(without_face="whole")) == ((0, 9, 1921, 1070), (768, 424))

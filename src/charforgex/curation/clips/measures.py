@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -113,12 +114,16 @@ def _apart(one: Face, other: Face) -> float:
 
 
 def crop_of(width: int, height: int, face: Face | None, settings: FrameSettings) -> tuple[tuple[int, ...], tuple[int, int]] | None:
-    """The box that is cut out of every frame, and the size (width, height) that it becomes; None if there is none to cut."""
+    """The box that is cut out of every frame, and the size (width, height) that it becomes; None if there is none to cut.
+
+    A face that goes further than the ratio can show is in the middle of its way in the middle of the largest crop.
+    """
     whole: Box = (0.0, 0.0, float(width), float(height))
     if face is None and settings.without_face != "centre":
         return None if settings.without_face == "aside" else sized(whole, settings.max_side)
-    planned = CropSettings((settings.framing if face else "full",), (settings.ratio,), settings.head_margin, LEAST)
-    cuts = crops.plan(width, height, face, planned, subject=whole)
+    planned = CropSettings((settings.framing,), (settings.ratio,), settings.head_margin, LEAST)
+    cuts = crops.plan(width, height, face, planned) if face else []
+    cuts = cuts or crops.plan(width, height, None, replace(planned, framings=("full",)), subject=face.box if face else whole)
     return sized(cuts[0].box, settings.max_side) if cuts else None
 
 
