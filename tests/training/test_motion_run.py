@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from charforgex.config import compose
 from charforgex.data.clips import ClipData
 from charforgex.errors import ConfigError
 from charforgex.evaluation import levels
+from charforgex.evaluation.trainings import training_in
 from charforgex.families import registry
 from charforgex.lora.formats import read
 from charforgex.training.motion import motion_losses
@@ -129,3 +132,15 @@ def test_the_validation_of_the_base_by_hand(done):
     ((prediction, target),) = levels.predictions(family, parts.denoiser, family.process(parts), batch, 1)
     expected = motion_losses(prediction, target, torch.ones(1), torch.tensor([4])).item()
     assert result["validation"]["base"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_guide_has_every_key_of_its_result(done):
+    home, _ = done
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8").split("| key of a motion")[1].split("\n\n")[0]
+    told = {key for row in page.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert told == set(json.loads((home / "run" / "result.json").read_text()))
+
+
+def test_evaluate_refuses_its_folder_by_name(done):
+    with pytest.raises(ConfigError, match=r"run is a training of motion, and pictures are evaluated"):
+        training_in(done[0] / "run")

@@ -110,6 +110,8 @@ def training_in(folder: Path) -> Training | None:
     found = Training(folder)
     if "pretrain" in found.config:
         raise ConfigError(f"{folder} is a run that trains base models and has no LoRA; say base=<the folder of its base>.")
+    if "motion" in found.config:
+        raise ConfigError(f"{folder} is a training of motion, and pictures are evaluated; its result.json says what its clips do.")
     return found if {"lora", "family", "data", "evaluation"} <= set(found.config) and isinstance(found.config["lora"], dict) else None
 
 

@@ -126,6 +126,7 @@ def text_layers(opened: Opened, family: Family, patterns: Sequence[str] | None) 
 
     file = opened.files[0]
     have = [name for name in opened.names if (layer := file.layer(name)) is not None and not layer.is_zero]
+    have = [name for name in have if not family.temporal or family.temporal not in name]  # which attend over frames by the same names
     direct, first = (_ending(ends, have, family) for ends in (family.reads_text, family.first_reads_text))
     if not direct and not first:
         those = ", ".join([*family.reads_text, *family.first_reads_text])

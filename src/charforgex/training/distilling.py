@@ -78,6 +78,7 @@ def distill(cfg: Any) -> dict[str, Any]:
     settings = bind(Settings, cfg, "")
     out = settings.check_out(settings.paths)
 
+    from charforgex.families.registry import refuse_clips
     from charforgex.generation.stack import read_stack
     from charforgex.quiet import quiet
     from charforgex.training.distilled import distilled, sketched
@@ -86,6 +87,7 @@ def distill(cfg: Any) -> dict[str, Any]:
         stack = read_stack(
             Generating(lora=list(map(str, settings.paths)), base=settings.base, family=settings.family, tokenizer=settings.tokenizer)
         )
+        refuse_clips(stack.family, "distill", "merge motion LoRAs with charforgex merge.")
         teachers = Teachers.of(stack.adapters, settings)
         check_rank(stack, settings)
         prompts = [] if settings.pictures else teachers.prompts(settings.prompts or PROMPTS, settings.seed, settings.count or COUNT)

@@ -145,6 +145,8 @@ def refuse_for_motion(cfg: DictConfig, settings: Settings) -> None:
         )
     if motion.spatial and motion.spatial_lr is None and recipe.get("spatial_lr") is None:
         raise ConfigError("motion.spatial_lr is null and family.recipe has no spatial_lr; set it to 1e-4, say.")
+    if settings.sampling.batch_size != SamplingSettings.batch_size:
+        raise ConfigError(f"sampling.batch_size={settings.sampling.batch_size} has no effect with motion: clips are drawn one by one.")
     if settings.optimizer.name == "prodigy" and motion.spatial_lr is not None:
         raise ConfigError(f"motion.spatial_lr={motion.spatial_lr:g}: optimizer=prodigy finds that rate by itself; leave it null.")
 
