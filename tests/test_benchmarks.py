@@ -205,3 +205,19 @@ def test_quick_interpolation_reports_errors_beside_blending_and_names_what_it_sk
         assert told["dis"]["error"] < 0.3 * told["linear"]["error"], "no matter of speed"
         assert told["dis"]["error"] < told["plain_dis"]["error"] and told["dis"]["ssim"] > told["linear"]["ssim"]
         assert report["values"]["cuts"][world] == {"found": 1, "false": 0}
+
+
+def test_the_motion_benchmark_tells_real_clips_from_spoilt_ones(monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmark_of_motion", ROOT / "benchmarks" / "motion.py")
+    motion = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, motion)
+    spec.loader.exec_module(motion)
+    monkeypatch.setattr(motion, "REFERENCES", 3)
+    text, values = motion.rendered(motion.Reading(), ["sway"], 1)
+    assert values["recognised"]["sway"] == {"real": 1, "through the VAE": 1, "shuffled": 0}
+    told = values["measures"]
+    for measure, (how, words) in motion.SPOILS.items():
+        worse = (
+            told["real"][measure] - told[how][measure] if measure in ("recognised", "alike") else told[how][measure] - told["real"][measure]
+        )
+        assert worse > 0.03 and words in text, measure

@@ -38,7 +38,7 @@ class PoseModule(Pretraining):
         return F.smooth_l1_loss(self.network(pixels), wanted, reduction="none").mean(1)
 
     @torch.no_grad()
-    def measure(self, moments: poses.Moments, count: int = 4) -> dict[str, float]:
+    def measure(self, moments: poses.Moments, count: int = 2) -> dict[str, float]:
         """Root mean square errors of every number on frames of other characters, in units; and of `count` clips of every motion by
         characters with hair that no frame showed, the share whose motion is told right."""
         frames = range(1, len(moments), 2)  # of motions
