@@ -79,7 +79,8 @@ class Prior(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """One training batch. Latents are a posterior's mean and standard deviation, so that every step samples afresh."""
+    """One training batch. Latents are a posterior's mean and standard deviation, so that every step samples afresh; those of clips are
+    (B, C, T, h, w)."""
 
     mean_BChw: Tensor
     std_BChw: Tensor

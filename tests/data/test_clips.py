@@ -298,7 +298,12 @@ def test_refusals(make, prepared, folder, tmp_path):
         make()
     assert make(default_caption="zkx").train
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty has no clip of data.frames=4 at data.fps=8 to train on."):
+    with pytest.raises(DataError, match=r"empty holds no video, such as .mp4"):
+        make(tmp_path / "empty")
+    film(tmp_path / "empty" / "short.mkv", [Fraction(1, 8)] * 3)
+    with pytest.raises(
+        DataError, match=r"empty has no clip of data.frames=4 at data.fps=8 to train on. Not usable are short.mkv \(it has 3"
+    ):
         make(tmp_path / "empty")
     data = make(default_caption="zkx")
     with pytest.raises(ConfigError, match="family=sdxl makes pictures, and clips are for families of clips"):

@@ -124,6 +124,8 @@ class ClipData(PreparedData):
         from rich.progress import track
 
         videos, problems = videos_in(root)
+        if not videos:
+            raise DataError(f"{root} holds no video, such as .mp4, .mov, .mkv or .webm; make GIFs and single frames one of these first.")
         root = root.resolve()
         found: dict[str, list[Window]] = {}
         records: dict[str, Record] = {}
