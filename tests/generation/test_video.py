@@ -71,7 +71,7 @@ def layers(place: str, family=FAMILY, seed=0):
 def motion(base, tmp_path_factory):
     """A motion LoRA as it is trained here."""
     lora, path = layers("motion_modules"), tmp_path_factory.mktemp("lora") / "nodding.safetensors"
-    header = metadata.build(lora, FAMILY, title="nodding", base=str(base))
+    header = metadata.build(lora, FAMILY, title="nodding", base=str(base)) | {"charforgex.fps": "12.5"}
     return writing.write(lora, path, "diffusers", FAMILY, FAMILY.tiny().denoiser.config, torch.float32, header)
 
 
@@ -112,6 +112,7 @@ def test_a_characters_and_a_motions_lora_together(base, motion, character, tmp_p
     assert [list(clip["scales"].values()) for clip in run["clips"]] == scales
     assert (run["base"], run["clips"][0]["prompts"]) == (str(base), ["a portrait of anna"])
     own = charforgex.generate(**ask | {"prompt": "a portrait of anna"}, base=base, out=tmp_path / "own")
+    assert {clip["fps"] for clip in run["clips"]} == {12.5} and run["warnings"] == []  # as the motion was learnt
     made = [shown(clip["file"]) for clip in run["clips"]]
     assert np.array_equal(made[0], shown(own["clips"][0]["file"]))
     assert all(np.abs(one - other).max() > 1 for number, one in enumerate(made) for other in made[number + 1 :])
@@ -119,6 +120,8 @@ def test_a_characters_and_a_motions_lora_together(base, motion, character, tmp_p
     assert [(use.name, use.scale) for use in recipe.loras] == [("anna", 1.0), ("nodding", 0.0)]
     assert recipe.loras[1].autov3 == metadata.hashes(motion)["autov3"]
     assert run == json.loads((tmp_path / "both" / "result.json").read_text())
+    slow = charforgex.generate(**ask | {"frames": 1}, lora=motion, trigger="anna", fps=8, out=tmp_path / "slow")
+    assert slow["warnings"] == ["nodding.safetensors was trained at 12.5 frames a second, and these clips have 8: its motion is slower."]
 
 
 def test_a_clip_is_its_prompts_and_seeds_alone(base, tmp_path):
@@ -323,11 +326,13 @@ def test_loras_and_bases_of_other_families(base, weightless, tmp_path):
         make(base, tmp_path / "out", "family=animatediff", mode="picture", frames=None)
 
 
-def test_sd15_is_known_by_its_metadata(character):
+def test_sd15_is_known_by_its_metadata(base, character, tmp_path):
     from charforgex.generation.stack import family_of
     from charforgex.lora.formats import read_header
 
     assert family_of(read_header(character)[0]) == Sd15.name
+    with pytest.raises(LoraError, match=r"anna\.safetensors is for sd15, of which no base makes pictures here; mode=video takes it"):
+        make(base, tmp_path / "out", mode="picture", frames=None, lora=character)
 
 
 def test_what_is_there_is_not_overwritten(base, tmp_path):

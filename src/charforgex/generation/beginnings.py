@@ -44,8 +44,3 @@ def at_rate(frames: Iterable[Frame], rate: Fraction) -> Iterator[np.ndarray]:
     while before is not None and number / rate < before.time + before.lasts:
         yield before.pixels
         number += 1
-
-
-def count(path: Path, rate: Fraction) -> int:
-    """How many frames a video has at that rate; all of it is decoded. Raises DataError for what is none."""
-    return sum(1 for _ in at_rate(videos.frames(path), rate))

@@ -65,7 +65,7 @@ def smoothed(frames: Iterable[Frame], clip: ClipRecipe, rate: Fraction) -> Itera
         if clip.loop:
             yield first._replace(time=end)
 
-    made = interpolate.smooth(closed(), interpolate.method_of(how), interpolate.divided(clip.interpolate), how.scene, [])
+    made = interpolate.smooth(closed(), interpolate.method_of(how), interpolate.divided(clip.interpolate), interpolate.SCENE, [])
     return (frame for frame in made if frame.time < end)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Adapter:
     trigger: str | None
     lora: Lora
     tokens: dict[str, Tensor] = field(default_factory=dict)  # new tokens by text encoder, for the trigger's first word
+    fps: float | None = None  # of the clips that it was trained on
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def read_stack(settings: Settings) -> Stack:
     for name, path in _names(paths).items():
         lora = read(path, family, config)
         lora.check()
-        adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora, _tokens(path, metadata[path], family)))
+        tokens, fps = _tokens(path, metadata[path], family), _fps(path, metadata[path])
+        adapters.append(Adapter(path, name, trigger_of(metadata[path]), lora, tokens, fps))
     recipe = _recipe(settings, family, base, config)
     return Stack(family, base, bare, adapters, _warnings(family, bare, metadata), recipe)
 
@@ -91,6 +94,15 @@ def _tokens(path: Path, header: Mapping[str, str], family: Family) -> dict[str, 
 
     name = header.get("charforgex.tokens")
     return read_tokens(path.with_name(Path(name).name), family) if name else {}
+
+
+def _fps(path: Path, header: Mapping[str, str]) -> float | None:
+    said = header.get("charforgex.fps")
+    if said is None:
+        return None
+    if not re.fullmatch(r"\d{1,3}(\.\d+)?", said) or float(said) == 0:
+        raise LoraError(f"{path} says of itself that it was trained at charforgex.fps={said}, which is no number of frames a second.")
+    return float(said)
 
 
 def trigger_of(metadata: Mapping[str, str]) -> str | None:
@@ -111,6 +123,11 @@ def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
     known = {path: name for path, name in said.items() if name is not None}
     if settings.mode == "video":
         known = {path: IN_CLIPS.get(name, name) for path, name in known.items()}
+    for path, name in known.items():
+        if name in IN_CLIPS:
+            raise LoraError(
+                f"{path} is for {name}, of which no base makes pictures here; mode=video takes it, with family={IN_CLIPS[name]}."
+            )
     if settings.family is not None:
         for path, name in known.items():
             if name != settings.family.name:

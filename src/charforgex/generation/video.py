@@ -133,7 +133,7 @@ def generate_clips(cfg: Any, settings: Settings) -> dict[str, Any]:
         | {name: getattr(settings, name) for name in ("travel", "format", "codec", "crf")}
         | {"device": device},
         "truncated": truncated,
-        "warnings": stack.warnings,
+        "warnings": stack.warnings + _speeds(stack, film),
         "seconds": {"load": loaded - started, "sample": sampled - loaded, "total": time.perf_counter() - started},
     }
     write_result(out, result)
@@ -172,7 +172,8 @@ def film_of(settings: Settings, stack: Stack) -> Film:
 
     known = stack.bare.config["max_frames"]
     trained = min(stack.recipe.frames or known, known)
-    rate = as_rate(settings.fps or stack.recipe.fps or 8)
+    learnt = {adapter.fps for adapter in stack.adapters if adapter.fps is not None}
+    rate = as_rate(settings.fps or (learnt.pop() if len(learnt) == 1 else stack.recipe.fps or 8))
     window = settings.window or trained
     if window > known:
         raise ConfigError(f"window={window}: the motion modules of {stack.base} know {known} frames at once; take that many or fewer.")
@@ -192,6 +193,16 @@ def film_of(settings: Settings, stack: Stack) -> Film:
         first_step(settings.steps, strength)
     windowing = Windowing(window, overlap, settings.blend or "pyramid", settings.loop, settings.noise or "shuffled")
     return Film(frames, rate, size_of(settings, stack), windowing, strength)
+
+
+def _speeds(stack: Stack, film: Film) -> list[str]:
+    """Of motion that is shown at another speed than it was learnt at."""
+    return [
+        f"{adapter.path.name} was trained at {adapter.fps:g} frames a second, and these clips have {float(film.rate):g}: its motion is "
+        f"{'faster' if film.rate > adapter.fps else 'slower'}."
+        for adapter in stack.adapters
+        if adapter.fps is not None and abs(adapter.fps - film.rate) > 0.01
+    ]
 
 
 def _frames(settings: Settings, trained: int, rate: Fraction) -> int:

@@ -10,9 +10,9 @@ from charforgex.binding import show
 from charforgex.config import Range
 from charforgex.errors import ConfigError
 from charforgex.families.settings import Positive
+from charforgex.generation.interpolate import PICTURES
 from charforgex.videos import Codec
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 MOVING = (".gif", ".apng")
 STRENGTH = {True: 0.8, False: 0.6}  # of an init that is a picture, or a video
 
