@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from charforgex import videos
 from charforgex.errors import DataError
 
 if TYPE_CHECKING:
