@@ -15,7 +15,7 @@ import charforgex
 from charforgex import cli
 from charforgex.config import compose
 from charforgex.errors import CharForgeError, ConfigError
-from charforgex.generation.between import by_network, dis, linear
+from charforgex.generation.between import by_network, dis, linear, started
 from charforgex.generation.ifnet import IFNet, Layout
 from charforgex.generation.interpolate import as_rate, divided, evenly, interpolate, smooth
 from charforgex.videos import Frame, clock, frames
@@ -57,6 +57,18 @@ def test_the_flow_puts_things_where_they_are_at_that_time(time):
     found, blended = dis(moving(0), moving(1), [time])[0], linear(moving(0), moving(1), [time])[0]
     assert found.dtype == np.uint8 and found.shape == (96, 128, 3)
     assert error(found, moving(time)) < 0.3 * error(blended, moving(time))
+
+
+def test_what_comes_in_at_the_edge_is_taken_from_the_frame_that_shows_it():
+    """A pan of 12 pixels: at three quarters of the way, 9 columns are seen in the second frame alone, and 3 in the first one."""
+    first, truth, second = (field(3)[:96, left : left + 128].astype(np.uint8) for left in (0, 9, 12))
+    found = dis(first, second, [0.75])[0]
+    for side in (np.s_[:, -7:], np.s_[:, :2]):  # but for the columns that lie on the edge between
+        assert error(found[side], truth[side]) < 0.1 * error(linear(first, second, [0.75])[0][side], truth[side])
+    flow, logit = np.split(started(first, second, [0.75])[0], [4])
+    np.testing.assert_allclose(flow[:, 20:-20, 20:-20].mean((1, 2)), (9, 0, -3, 0), atol=0.1)
+    shares = 1 / (1 + np.exp(-logit[0, 20:-20]))
+    assert shares[:, -6:].max() < 0.01 and shares[:, :2].min() > 0.99 and shares[:, 20:-20] == pytest.approx(0.25, abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 50), (33, 31)])

@@ -18,6 +18,7 @@ Method = Callable[[np.ndarray, np.ndarray, Sequence[float]], list[np.ndarray]]
 SMALLEST = 32  # pixels a side that the optical flow needs
 STEPS = 2  # of the search for where a pixel came from; more of them run off at the edges of what moves
 APART = 3.0  # of 255: the frames differing so much more along one flow than along the other makes it count less by a factor of e
+UNSEEN = 1e-3  # what a frame counts of the other one where it does not show the place
 OVERLAP = 128  # pixels of tiles of the network
 SMALL = 96  # pixels of the longer side at which cuts are looked for
 ANOTHER = 24.0  # of 255: from which difference on a colour is another
@@ -33,8 +34,8 @@ def linear(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> lis
 def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
     """Moved along the dense inverse search flow (Kroeger et al. 2016, as OpenCV has it) of both directions.
 
-    Each of the flows says where a pixel of the new frame lies in the two frames. The one along which they agree counts: at the edge of what
-    covers something, or uncovers it, this is one of the two.
+    Each of the flows says where a pixel of the new frame lies in the two frames; of a frame that does not show the place, nothing is taken.
+    The flow along which they agree counts: at the edge of what covers something, or uncovers it, this is one of the two.
     """
     found = []
     for one, other in _ways(first, second, times):
@@ -45,21 +46,22 @@ def dis(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> list[n
 
 def started(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> np.ndarray:
     """What `dis` knows of the frames at these times, float32 (T, 5, H, W), for a network to go on from: at each pixel the flow along which
-    the two frames agree better, to the first one (x, y) and to the second one, and the logit of the first one's share at that time.
+    the two frames agree better, to the first one (x, y) and to the second one, and the logit of the first one's share.
     """
     found = []
-    for time, (one, other) in zip(times, _ways(first, second, times), strict=True):
-        flow = np.where((one.apart <= other.apart)[..., None], one.flow, other.flow)
-        found.append(np.concatenate([flow, np.full_like(flow[..., :1], np.log((1 - time) / time))], -1).transpose(2, 0, 1))
+    for ways in _ways(first, second, times):
+        one, other = (np.dstack([way.flow, np.log(way.share / (1 - way.share))]) for way in ways)
+        found.append(np.where((ways[0].apart <= ways[1].apart)[..., None], one, other).transpose(2, 0, 1))
     return np.stack(found)
 
 
 class Way(NamedTuple):
     """A new frame as one of the flows has it, float32: `flow` (H, W, 4) from its pixels to the first frame (x, y) and to the second one,
-    the `frame` (H, W, 3) that they give together, and how far `apart` (H, W) they are around each pixel.
+    the first one's `share` (H, W) in the `frame` (H, W, 3) that they give together, and how far `apart` (H, W) they are around each pixel.
     """
 
     flow: np.ndarray
+    share: np.ndarray
     frame: np.ndarray
     apart: np.ndarray
 
@@ -78,7 +80,7 @@ def _ways(first: np.ndarray, second: np.ndarray, times: Sequence[float]) -> Iter
     grid = np.stack(np.meshgrid(*(np.arange(side, dtype=np.float32) for side in first.shape[1::-1])), -1)
     for time in times:
         one, other = _moved(first, second, there, grid, time), _moved(second, first, back, grid, 1 - time)
-        other = Way(np.concatenate([other.flow[..., 2:], other.flow[..., :2]], -1), other.frame, other.apart)
+        other = other._replace(flow=np.concatenate([other.flow[..., 2:], other.flow[..., :2]], -1), share=1 - other.share)
         yield tuple(Way(*(part[:height, :width] for part in way)) for way in (one, other))
 
 
@@ -91,7 +93,17 @@ def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.nda
         moved = _at(flow, grid - time * moved)
     ways = -time * moved, (1 - time) * moved
     one, two = (_at(frame, grid + way).astype(np.float32) for frame, way in zip((first, second), ways, strict=True))
-    return Way(np.concatenate(ways, -1), (1 - time) * one + time * two, cv2.blur(np.abs(one - two).mean(-1), (5, 5)))
+    here, there = (_shown(grid + way) + UNSEEN for way in ways)
+    share = (1 - time) * here / ((1 - time) * here + time * there)
+    frame = share[..., None] * one + (1 - share[..., None]) * two
+    return Way(np.concatenate(ways, -1), share, frame, cv2.blur(np.abs(one - two).mean(-1), (5, 5)))
+
+
+def _shown(places: np.ndarray) -> np.ndarray:
+    """Float32 (H, W): 1 where these places are within a frame, and 0 beyond its edge."""
+    height, width = places.shape[:2]
+    x, y = places[..., 0], places[..., 1]
+    return ((x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)).astype(np.float32)
 
 
 def small(pixels: np.ndarray) -> np.ndarray:

@@ -22,13 +22,13 @@ LAYOUT = Layout((48, 32), None, 0, given=True)
 SIZE = 96  # of scenes; at 128 they are measured
 EARLIER = 0.6  # what a block's error counts of the next one's
 LEVELS = 3  # of the Laplacian pyramid
-SMALL = 0.003  # errors of the picture, of 1, below which it matters less and less that they get smaller
+SMALL = 0.02  # errors of the picture, of 1, below which it matters less and less that they get smaller
 FLOW = 0.004  # what a pixel of error in a known flow counts, of an error of 1 in brightness
 
 
 class Example(NamedTuple):
-    """Three frames uint8 (3, H, W), the time of the second, its true flow (4, H, W), NaN where it is not known, and the flow that was found
-    (`between.started`), both float16.
+    """Three frames uint8 (3, H, W), the time of the second, its true flow (4, H, W), NaN where it is not known, and what `between.started`
+    found (5, H, W), both float16.
     """
 
     first: Tensor
@@ -53,7 +53,7 @@ class Moves:
         rng = random.Random(f"moves/{self.seed}/{index}")
         scene, time = moving.scene(rng, self.cast, SIZE), rng.uniform(0.03, 0.97)
         first, truth, second = (scene.frame(moment) for moment in (0, time, 1))
-        flow, begun = torch.from_numpy(scene.flow(time)).permute(2, 0, 1), torch.from_numpy(started(first, second, [time])[0, :4])
+        flow, begun = torch.from_numpy(scene.flow(time)).permute(2, 0, 1), torch.from_numpy(started(first, second, [time])[0])
         pixels = (torch.from_numpy(frame.copy()).permute(2, 0, 1) for frame in (first, truth, second))
         return Example(*pixels, time, flow.half(), begun.half())
 
@@ -65,14 +65,16 @@ def turned(example: Example, rng: random.Random) -> Example:
     for axis in (0, 1):
         if rng.random() < 0.5:
             frames, flows = ([one.flip(2 - axis) for one in part] for part in (frames, flows))
-            sign = torch.tensor([-1 if place % 2 == axis else 1 for place in range(4)]).view(4, 1, 1)
-            flows = [flow * sign for flow in flows]
+            sign = torch.tensor([-1 if place % 2 == axis and place < 4 else 1 for place in range(5)]).view(5, 1, 1)
+            flows = [flow * sign[: len(flow)] for flow in flows]
     if rng.random() < 0.5:
-        frames, flows = [one.mT for one in frames], [flow[[1, 0, 3, 2]].mT for flow in flows]
+        frames, flows = [one.mT for one in frames], [flow[[1, 0, 3, 2, 4][: len(flow)]].mT for flow in flows]
     order = rng.sample(range(3), 3)
     first, truth, second = (one[order] for one in frames)
     if rng.random() < 0.5:
-        first, second, time, flows = second, first, 1 - time, [flow[[2, 3, 0, 1]] for flow in flows]
+        first, second, time = second, first, 1 - time
+        flows = [flow[[2, 3, 0, 1, 4][: len(flow)]] for flow in flows]
+        flows[1] = torch.cat([flows[1][:4], -flows[1][4:]])
     return Example(first, truth, second, time, *flows)
 
 
@@ -92,9 +94,8 @@ class FlowModule(Pretraining):
     @staticmethod
     def batch(moves: Moves, indices: Sequence[int], rng: random.Random) -> tuple[Tensor, ...]:
         *frames, times, flow, begun = zip(*(turned(moves.example(index), rng) for index in indices), strict=True)
-        time, begun = torch.tensor(times), torch.stack(begun).float()
-        share = torch.logit(1 - time).view(-1, 1, 1, 1).expand_as(begun[:, :1])
-        return *(torch.stack(part).float() / 255 for part in frames), time, torch.stack(flow).float(), torch.cat([begun, share], 1)
+        pixels = (torch.stack(part).float() / 255 for part in frames)
+        return *pixels, torch.tensor(times), torch.stack(flow).float(), torch.stack(begun).float()
 
     def losses(self, micro, key: tuple) -> Tensor:
         """Of every block, the last ones most: RIFE's error of the picture and, where it is known, of the flow."""
@@ -128,6 +129,6 @@ def laplacian(error_BChw: Tensor) -> Tensor:
             rest = error_BChw - F.interpolate(smaller, scale_factor=2, mode="bilinear", align_corners=False)
         else:
             smaller, rest = None, error_BChw
-        total = total + (rest.square() + SMALL**2).sqrt().flatten(1).mean(1)
+        total = total + ((rest.square() + SMALL**2).sqrt() - SMALL).flatten(1).mean(1)
         error_BChw = smaller
     return total
