@@ -1,4 +1,4 @@
-"""From a mess of pictures, archives and clips to a dataset: `python curate.py data.root=pictures`, `python curate.py --help`."""
+"""From a mess of pictures, archives and videos to a dataset: `python curate.py data.root=pictures`, `python curate.py --help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`charforgex curate`: a mess of pictures, archives and clips to a manifest that training reads, and a report to look at.
+"""`charforgex curate`: a mess of pictures, archives and videos to a manifest that training reads, and a report to look at.
 
 `curate(cfg)` is the command; `make_dataset` is what it and training share. Files are only read, never changed or moved. Everything that
 takes long is kept under the cache folder by content, so a second run, also after a kill, does only what is missing.
