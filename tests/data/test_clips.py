@@ -16,7 +16,7 @@ from charforgex.errors import ConfigError, DataError
 from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.sdxl import Sdxl
 from charforgex.runs import sha256_file
-from charforgex.videos import Output, writing
+from charforgex.videos import Frame, Output, writing
 
 pytest.importorskip("av")
 BASE = AnimateDiff().tiny()
@@ -280,6 +280,14 @@ def test_what_cannot_be_used_is_said_by_name(make, folder):
     assert "no video" in problems["not.mp4"]
     assert problems["twin.mkv"].startswith("it is the same file as 0.mkv")
     assert problems["lonely.txt"] == "no video has this name" and len(problems) == 7
+
+
+def test_a_video_that_changes_its_size_is_refused(make, folder, monkeypatch):
+    """As broadcasts do; no writer here makes one."""
+    shown = [Frame(picture(0, size), Fraction(n), Fraction(1)) for n, size in enumerate([(64, 64), (64, 64), (48, 64)])]
+    monkeypatch.setattr("charforgex.videos.frames", lambda path: iter(shown))
+    with pytest.raises(DataError, match=r"0.mkv \(its frames have several sizes, 64 x 64 and 64 x 48\)"):
+        make()
 
 
 def test_refusals(make, prepared, folder, tmp_path):

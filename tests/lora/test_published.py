@@ -237,6 +237,12 @@ def test_motion_loras_are_understood_whole(who):
     assert Counter(map(half_of, layers)) == halves and 2 * len(layers) == len(MOTION[who])
 
 
+def test_a_lora_of_how_clips_look_is_known_where_its_base_of_pictures_is_not_listed(monkeypatch):
+    spatial = MOTION["AnimateDiff-MotionDirector, spatial"]
+    monkeypatch.setattr(bases, "names", lambda: ["sdxl_base", "animatediff_v3"])
+    assert bases.base_of(spatial, {}).name == "animatediff_v3"
+
+
 def test_what_is_written_finds_its_weights_where_motion_loras_are_read():
     """AnimateDiff's own loader, and ComfyUI-AnimateDiff-Evolved's, make a weight's name of a key by leaving out parts of it, whatever the
     layer is. Of every motion module's every layer that must be a key of the published motion modules, of the factors' size."""

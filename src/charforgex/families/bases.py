@@ -83,7 +83,7 @@ def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
     complaints: list[tuple[int, str]] = []
     for base in [get(said)] if said else map(get, names()):
         name = base.name
-        if said or looks in (None, base.family):
+        if said or looks in (None, base.family, base.spelling.pictures):  # embedded clips have no base of pictures that is listed
             try:
                 misfits = list(_misfits(base, file_shapes, metadata))
             except LoraError as error:

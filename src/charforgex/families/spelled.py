@@ -26,6 +26,7 @@ class Sd15:
     denoiser_name = "unet"
     kohya_has_our_names = True
     lora_unread: ClassVar[Mapping[str, str]] = {}
+    pictures: ClassVar[str] = ""
     components: ClassVar = {
         "denoiser": {"unet": "diffusers.UNet2DConditionModel"},
         "text": {"tokenizer": "transformers.CLIPTokenizer", "text_encoder": "transformers.CLIPTextModel"},

@@ -46,6 +46,7 @@ class Spelling(Protocol):
     components: Mapping[str, Mapping[str, str]]
     kohya_has_our_names: bool
     lora_unread: Mapping[str, str]
+    pictures: str
 
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]: ...
 
