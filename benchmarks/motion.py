@@ -306,7 +306,9 @@ def section(rows: dict, count: int, seconds: dict[str, float]) -> str:
     from charforgex.charworld.poses import KNOWN
 
     minutes = ", ".join(f"{name} {value / 60:.0f}" for name, value in seconds.items())
-    return f"""A motion LoRA on the embedded base for each motion that its training never showed, by the default recipe (minutes on two
+    return f"""## What motion LoRAs learn
+
+A motion LoRA on the embedded base for each motion that its training never showed, by the default recipe (minutes on two
 cores: {minutes}). Each of {count} characters, none of which the LoRA's clips show, is asked for by a full description and the motion's
 words.
 
@@ -340,7 +342,12 @@ def seen_section(rows: dict[str, dict[str, dict[str, float]]], count: int) -> st
         found = {key: mean(row[side][key] for row in rows.values()) for key in keys}
         told["mean" if side == "base" else "mean of real clips"] = found
     lines += [f"| {name} | {' | '.join(DETAILS[key][1].format(row[key]) for key in keys)} |" for name, row in told.items()]
-    return f"{count} clips of each motion that the embedded base was shown, of characters that it was not.\n\n" + "\n".join(lines)
+    return f"""## What the embedded base knows
+
+{count} clips of each motion that it was shown, of characters that it was not.
+
+{chr(10).join(lines)}
+"""
 
 
 def strips(pictures: dict[str, list[np.ndarray]], path: Path) -> None:

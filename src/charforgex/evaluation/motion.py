@@ -37,7 +37,7 @@ CARDS: dict[str, Card] = {
         "is moved back along the flow",
         range="[0, 1] of the full range",
         better="lower",
-        source="warp error of Lai et al. 2018, eq. 9, its root; occlusion by both flows' consistency (Sundaram et al. 2010, eq. 5)",
+        source="root of the warp error of Lai et al. 2018; what is covered, by both flows' consistency (Sundaram et al. 2010, eq. 5)",
         lies="light that changes and cuts count; what is covered or uncovered does not; a still picture has none",
     ),
     "alike": Card(
