@@ -170,6 +170,7 @@ def test_a_long_loop_that_travels(base, tmp_path):
     assert recipe.clip.travel == {"0": clip["prompts"][0], "10": "a dog"} and recipe.prompt in ("a red cat", "a blue cat")
     assert (recipe.clip.window, recipe.clip.overlap, recipe.clip.blend, recipe.clip.noise) == (8, 4, "pyramid", "shuffled")
     assert clip["templates"] == ["a {red|blue} cat", "a dog"]
+    assert run == json.loads((tmp_path / "out" / "result.json").read_text())
 
 
 def movie(path, count, rate=Fraction(8), size=(48, 64)):

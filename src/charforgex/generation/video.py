@@ -128,10 +128,7 @@ def generate_clips(cfg: Any, settings: Settings) -> dict[str, Any]:
             {"path": str(adapter.path), "name": adapter.name, "sha256": use.sha256, "trigger": adapter.trigger}
             for adapter, use in zip(stack.adapters, uses, strict=True)
         ],
-        "settings": told
-        | vars(common["clip"])
-        | {name: getattr(settings, name) for name in ("travel", "format", "codec", "crf")}
-        | {"device": device},
+        "settings": told | vars(common["clip"]) | _as_asked(settings) | {"device": device},
         "truncated": truncated,
         "warnings": stack.warnings + _speeds(stack, film),
         "seconds": {"load": loaded - started, "sample": sampled - loaded, "total": time.perf_counter() - started},
@@ -143,6 +140,11 @@ def generate_clips(cfg: Any, settings: Settings) -> dict[str, Any]:
         report.finish_wandb(tracker, result)
     report.summary(result)
     return result
+
+
+def _as_asked(settings: Settings) -> dict[str, Any]:
+    travel = {str(frame): template for frame, template in settings.travel.items()} if settings.travel else None
+    return {"travel": travel, "format": settings.format, "codec": settings.codec, "crf": settings.crf}
 
 
 # ---- what is known first ----
