@@ -79,7 +79,7 @@ def _write_strip(path: Path, pictures: dict[int, Image.Image], recipe: Recipe, r
         f"{recipe.clip.frames} frames, {recipe.clip.fps:g} a second",
         f"{recipe.width} x {recipe.height}",
     ]
-    sheet = contact_sheet([list(pictures.values())], column_labels=labels, title=" → ".join(prompts), subtitle=" · ".join(facts))
+    sheet = contact_sheet([list(pictures.values())], column_labels=labels, title=" / ".join(prompts), subtitle=" · ".join(facts))
     with replace_atomic(path) as temporary:
         sheet.save(temporary, "PNG")
     return path

@@ -133,7 +133,7 @@ def finish_wandb(run, result: dict[str, Any]) -> None:
 
     run.config.update({"base": result["base"], "loras": result["loras"], **result["settings"]})
     pictures = [(picture["file"], picture["prompt"]) for picture in result.get("pictures", [])]
-    pictures += [(clip["preview"], " → ".join(clip["prompts"])) for clip in result.get("clips", [])]
+    pictures += [(clip["preview"], " / ".join(clip["prompts"])) for clip in result.get("clips", [])]
     run.log(
         {
             "pictures": [wandb.Image(path, caption=prompt) for path, prompt in pictures],
