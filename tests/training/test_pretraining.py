@@ -153,4 +153,8 @@ def test_animatediff_starts_from_sdxl_and_loads_as_a_base(folder):
     for name in ("unet", "text_encoder"):  # both learn
         pairs = zip(parts[name].parameters(), after[name].parameters(), strict=True)
         assert any(not torch.equal(one, other) for one, other in pairs)
-    assert provenance(further, "animatediff/unet")["before"]["steps"] == 2
+    told = provenance(further, "animatediff/unet")
+    assert told["before"]["steps"] == 2 and told["before"]["started_from"] == "sdxl's embedded base" and told["started_from"] == "weights"
+    assert provenance(further, "animatediff/vae") == json.loads((ROOT / "sdxl/vae/provenance.json").read_text())
+    with pytest.raises(ConfigError, match="of animatediff only the base is trained"):
+        train(folder, "vae", family="animatediff")

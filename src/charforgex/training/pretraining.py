@@ -64,7 +64,7 @@ def folders(stage: str, family: str) -> list[str]:
     if stage in EMBEDDED:
         return [EMBEDDED[stage]]
     if family == "animatediff":
-        return [f"animatediff/{name}" for name in ("unet", "text_encoder", "tokenizer", "vae")]
+        return ["animatediff/unet", "animatediff/text_encoder"]  # the VAE and the tokenizer are SDXL's
     if stage in ("base", "guidance"):
         return [f"{family}/{registry.get(family).denoiser_name}"]
     if stage in ("vae", "decoder"):
@@ -110,6 +110,8 @@ def run_pretraining(cfg: DictConfig, settings: Settings, run_dir: Path, going_on
 
 def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     options = bind(PretrainSettings, cfg.pretrain, "pretrain")
+    if options.family == "animatediff" and options.stage != "base" and options.stage not in EMBEDDED:
+        raise ConfigError(f"pretrain.stage={options.stage}: of animatediff only the base is trained, the rest is SDXL's; say base.")
     check_optimizer(settings.optimizer.name, choose_device(settings.trainer.accelerator))
     console, clock = Console(), Clock(run_dir)
     if settings.trainer.threads:
@@ -157,7 +159,7 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
         "licence": "Apache-2.0",
         "made_by": "CharForgeX, on pictures drawn by CharForgeX",
         "command": f"python train.py experiment=charworld_pretrain pretrain.family={options.family} pretrain.stage={options.stage}",
-        "started_from": options.start,
+        "started_from": beginning_of(options),
         "seed": cfg.seed,
         "steps": module.step,
         "pictures_seen": pictures,
@@ -183,6 +185,13 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     return result
 
 
+def beginning_of(options: PretrainSettings) -> str | None:
+    """What the weights were before. Of a folder just its name: where it lies is nobody's business."""
+    if options.start is None:
+        return "sdxl's embedded base" if options.family == "animatediff" and options.stage == "base" else None
+    return Path(options.start).name
+
+
 def make_banks(options: PretrainSettings, cache: Path):
     """What a stage learns on, and what it is measured on."""
     if options.stage == "pose":
@@ -191,7 +200,7 @@ def make_banks(options: PretrainSettings, cache: Path):
         return Moves(options.pictures, seed=1), Moves(400, seed=2, held_out=True)
     if options.stage == "faces":
         return Cast(options.pictures, seed=1), Cast(400, seed=2, held_out=True)
-    if options.family == "animatediff":
+    if options.family == "animatediff" and options.stage == "base":
         pictures, clips = RenderedBank(cache, options.pictures, seed=1), RenderedClips(cache, options.clips, seed=1)
         return filming.Films(pictures, clips, options.clip_share), None
     variants = VARIANTS if options.stage == "judge" else 1
