@@ -80,22 +80,31 @@ class Reading:
 
         return [motion.history(scene.rendered()) for scene in scenes(name, REFERENCES, "reference")]
 
-    def __call__(self, clip: np.ndarray, scene: Scene, wanted: str) -> dict[str, float]:
-        """Of one clip, what is asked of the motion `wanted` and of the scene's character."""
+    def __call__(self, clip: np.ndarray, scene: Scene, wanted: str, measures: Sequence[str] | None = None) -> dict[str, float]:
+        """Of one clip, what is asked of the motion `wanted` and of the scene's character; all of it, or these `measures` alone."""
         from charforgex.charworld import poses
         from charforgex.evaluation import motion
 
-        trajectory, flow = self.poses.read(clip), motion.flow_of(clip)
-        apart = poses.distances(trajectory)
+        trajectory = self.poses.read(clip)
+        apart, flow = poses.distances(trajectory), cache(lambda: motion.flow_of(clip))
+        known = {
+            "recognised": lambda: float(min(apart, key=apart.__getitem__) == wanted),
+            "error": lambda: apart[wanted],
+            "alike": lambda: motion.alike(motion.history(clip, flow()), self.references(wanted)),
+            "strength": lambda: motion.strength(clip, FPS, flow()),
+            "flicker": lambda: motion.flicker(clip, flow()),
+            "drift": lambda: motion.drift(clip, self.embedder),
+            "background": lambda: motion.background(clip, figure(scene, trajectory), flow()),
+            "traits": lambda: self._traits(clip, scene),
+        }
+        return {name: known[name]() for name in measures or known}
+
+    def _traits(self, clip: np.ndarray, scene: Scene) -> float:
+        """The share of what the prompt says of the character and its setting that is seen, over frames."""
+        from charforgex.charworld.poses import pixels_of
+
         asked = world.visible_attributes(scene.who, scene.setting)
-        seen = self.judge.read(poses.pixels_of(clip))
-        return {
-            "recognised": float(min(apart, key=apart.__getitem__) == wanted), "error": apart[wanted],
-            "alike": motion.alike(motion.history(clip, flow), self.references(wanted)), "strength": motion.strength(clip, FPS, flow),
-            "flicker": motion.flicker(clip, flow), "drift": motion.drift(clip, self.embedder),
-            "background": motion.background(clip, figure(scene, trajectory), flow),
-            "traits": mean(float(frame[name] == value) for frame in seen for name, value in asked.items()),
-        }  # fmt: skip
+        return mean(float(frame[name] == value) for frame in self.judge.read(pixels_of(clip)) for name, value in asked.items())
 
     def changes(self, clip: np.ndarray, before: np.ndarray) -> dict[str, float]:
         """How far the poses (root mean square, in units) and who is seen (cosine distance of mean vectors) are from the base's."""
@@ -181,14 +190,18 @@ def through_vae():
 
 def rendered(read: Reading, names: Sequence[str], count: int) -> tuple[str, dict]:
     """What is told of rendered clips, for the page, and the numbers: recognition of every motion, and each measure's ends."""
+    asked = {how: [measure for measure, (spoilt_by, _) in SPOILS.items() if spoilt_by == how] for how, _ in SPOILS.values()}
     told: dict[str, dict[str, float]] = {}
-    ends: dict[str, list[dict[str, float]]] = {"real": [], **{how: [] for how, _ in SPOILS.values()}}
+    ends: dict[str, list[dict[str, float]]] = {how: [] for how in ("real", *asked)}
     for name in names:
         wanted = scenes(name, count, "asked")
         real = [scene.rendered() for scene in wanted]
-        judged = {"real": real, "through the VAE": [through_vae()(clip) for clip in real]}
-        judged |= {how: [spoilt(how, scene, k) for k, scene in enumerate(wanted)] for how in ends if how != "real"}
-        found = {how: average([read(*pair, name) for pair in zip(some, wanted, strict=True)]) for how, some in judged.items()}
+        judged = {"real": (real, None), "through the VAE": ([through_vae()(clip) for clip in real], ["recognised"])}
+        judged |= {how: ([spoilt(how, scene, k) for k, scene in enumerate(wanted)], measures) for how, measures in asked.items()}
+        found = {
+            how: average([read(*pair, name, measures) for pair in zip(some, wanted, strict=True)])
+            for how, (some, measures) in judged.items()
+        }  # fmt: skip
         told[name] = {how: found[how]["recognised"] for how in ("real", "through the VAE", "shuffled")}
         if name != "still":
             for how, rows in ends.items():
