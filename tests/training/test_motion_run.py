@@ -16,7 +16,7 @@ from charforgex.config import compose
 from charforgex.data.clips import ClipData
 from charforgex.errors import ConfigError
 from charforgex.evaluation import levels
-from charforgex.evaluation.trainings import training_in
+from charforgex.evaluation.trainings import training_in, trainings_below
 from charforgex.families import registry
 from charforgex.lora.formats import read
 from charforgex.training.motion import motion_losses
@@ -144,3 +144,4 @@ def test_the_guide_has_every_key_of_its_result(done):
 def test_evaluate_refuses_its_folder_by_name(done):
     with pytest.raises(ConfigError, match=r"run is a training of motion, and pictures are evaluated"):
         training_in(done[0] / "run")
+    assert trainings_below(done[0]) == []

@@ -116,6 +116,8 @@ def training_in(folder: Path) -> Training | None:
 
 
 def trainings_below(folder: Path) -> list[Training]:
-    """The finished runs in a folder of runs, such as runs_dir of a sweep, by name."""
+    """The finished runs in a folder of runs, such as runs_dir of a sweep, by name; those of motion are left out."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [found for path in inside if (found := training_in(path)) is not None and found.lora is not None]
+    of_motion = {path for path in inside if (path / "config.yaml").is_file() and "motion" in Training(path).config}
+    found = [training_in(path) for path in inside if path not in of_motion]
+    return [training for training in found if training is not None and training.lora is not None]
