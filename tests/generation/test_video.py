@@ -189,7 +189,7 @@ def test_clips_from_pictures_and_videos(base, tmp_path):
     clip = read_recipe(run["clips"][0]["file"]).clip
     assert (clip.init, clip.strength, clip.keep_first) == ("grey.mkv", 0.6, False) and len(clip.init_sha256) == 64
     run = make(base, tmp_path / "picture", init=tmp_path / "red.png", keep_first=True, format="mkv", codec="ffv1")
-    assert run["clips"][0]["frames"] == 4 and run["settings"]["strength"] == 0.8 and run["settings"]["keep_first"]
+    assert run["clips"][0]["frames"] == 4 and run["settings"]["strength"] == 0.6 and run["settings"]["keep_first"]
     first, *others = shown(run["clips"][0]["file"])
     parts = FAMILY.tiny()
     latents = encode_frames(FAMILY, parts, [np.full((32, 32, 3), (250, 10, 10), np.uint8)])

@@ -191,7 +191,7 @@ def film_of(settings: Settings, stack: Stack) -> Film:
         raise ConfigError(f"travel has a prompt at frame {max(settings.travel)}, and the clip ends with frame {frames - 1}; say frames=...")
     strength = None
     if settings.init is not None:
-        strength = settings.strength or STRENGTH[settings.is_from_picture]
+        strength = settings.strength or STRENGTH
         first_step(settings.steps, strength)
     windowing = Windowing(window, overlap, settings.blend or "pyramid", settings.loop, settings.noise or "shuffled")
     return Film(frames, rate, size_of(settings, stack), windowing, strength)

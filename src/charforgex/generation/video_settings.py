@@ -14,7 +14,7 @@ from charforgex.generation.interpolate import PICTURES
 from charforgex.videos import Codec
 
 MOVING = (".gif", ".apng")
-STRENGTH = {True: 0.8, False: 0.6}  # of an init that is a picture, or a video
+STRENGTH = 0.6  # where nothing is said
 
 
 @dataclass(frozen=True)
