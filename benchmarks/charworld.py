@@ -271,7 +271,9 @@ COMMANDS = f"""{PRETRAIN} pretrain.stage=vae trainer.steps=5000 optimizer.lr=3e-
 {PRETRAIN} pretrain.family=flux pretrain.stage=guidance loss.timesteps=logit_normal loss.shift=1.5 pretrain.start=embedded
 {PRETRAIN} pretrain.family=sd3 pretrain.stage=base loss.timesteps=logit_normal loss.shift=1.5
 {PRETRAIN} pretrain.stage=faces trainer.steps=1500
-{PRETRAIN} pretrain.stage=captioner trainer.steps=1200 pretrain.batch_size=48"""
+{PRETRAIN} pretrain.stage=captioner trainer.steps=1200 pretrain.batch_size=48
+{PRETRAIN} pretrain.stage=pose pretrain.pictures=24000 trainer.steps=1500
+{PRETRAIN} pretrain.family=animatediff pretrain.stage=base optimizer.lr=1.5e-3"""
 
 
 def main() -> None:
