@@ -1,13 +1,14 @@
 """How near frames between frames come to the truth: python benchmarks/interpolate.py [--quick] [--weights flownet.safetensors]
 
-Two worlds are drawn at times 0, 1/4, 1/2, 3/4 and 1, so that what lies between is known: characters of charworld that move, turn and
-grow, and textured discs that cover and uncover a moving background (up to 24 pixels a frame). One thread, CPU seconds for each megapixel
-made. The last line is one JSON object: ratios are ours divided by theirs, smaller is better; `error` is the mean squared error.
+Three worlds are drawn at times 0, 1/4, 1/2, 3/4 and 1, so that what lies between is known: characters of charworld that move, turn and
+grow; textured discs that cover and uncover a moving background (up to 24 pixels a frame); and ovals out of photographs over other
+photographs (those that scikit-image carries), which move, turn and grow too (up to 32 pixels, of 256). One thread, CPU seconds for each
+megapixel made. The last line is one JSON object: ratios are ours divided by theirs, smaller is better; `error` is the mean squared error.
 
 error_vs_linear, error_vs_plain_dis, error_vs_minterpolate    `charforgex interpolate by=dis`  against  blending, against OpenCV's DIS flow
                      of one direction and one warp, and against FFmpeg's minterpolate (mi_mode=mci) in PyAV
 time_vs_plain_dis, time_vs_minterpolate                       the same of their time
-rife_error_vs_dis, rife_time_vs_dis                           --weights: the network's against ours by flow
+network_error_vs_dis, network_time_vs_dis                     --weights: `by=rife` with those  against  `by=dis`
 
 values.cuts: of pairs of frames of different scenes of a world, the share that is seen as a cut; and of pairs of neighbouring frames, the
 share that is taken for one by mistake. --quick: six scenes of each world, smaller.
@@ -82,6 +83,32 @@ def discs(count: int, size: int) -> list[Scene]:
     return found
 
 
+def photographs(count: int, size: int) -> list[Scene]:
+    from skimage import data
+
+    from charforgex.charworld.moving import Layer, Layers
+
+    draw, found = np.random.default_rng(5), []
+    pictures = [getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
+
+    def moving(picture: np.ndarray, alpha: np.ndarray, larger: float, fastest: float, edge: int) -> Layer:
+        towards, speed = draw.uniform(0, 2 * np.pi), draw.uniform(0, fastest)
+        change = np.array([speed * np.cos(towards), speed * np.sin(towards), draw.uniform(-0.1, 0.1), draw.uniform(-0.06, 0.06)])
+        start = np.array([size / 2, size / 2, 0, np.log(larger * size / min(picture.shape[:2]))])
+        return Layer(np.dstack([picture * (alpha[..., None] > 0), alpha]), start - change / 2, change, edge)
+
+    for number in range(count):
+        behind, front = pictures[number % 4], pictures[(number + 1 + number // 4 % 3) % 4]
+        whole, oval = (np.zeros(picture.shape[:2], np.uint8) for picture in (behind, front))
+        cv2.ellipse(oval, (front.shape[1] // 2, front.shape[0] // 2), (front.shape[1] // 4, front.shape[0] // 3), 30, 0, 360, 255, -1)
+        layers = (
+            moving(behind, whole + 255, 1.1, size / 24, cv2.BORDER_REFLECT_101),
+            moving(front, oval, 0.7, size / 8, cv2.BORDER_CONSTANT),
+        )
+        found.append(Layers(layers, size).frame)
+    return found
+
+
 # ---- methods: a scene and times to frames, and the CPU seconds that they took ----
 
 
@@ -150,6 +177,7 @@ def cuts(scenes: list[Scene]) -> dict[str, float]:
     """With the threshold that holds where none is said."""
     from charforgex.generation.between import small, strange
     from charforgex.generation.interpolate import SCENE as limit
+
     seen = [[small(scene(moment)) for moment in (0, 1)] for scene in scenes]
     different = [strange(one[1], two[0]) > limit for one, two in zip(seen, seen[1:] + seen[:1], strict=True)]
     same = [strange(*pair) > limit for pair in seen]
@@ -180,7 +208,9 @@ def measured(methods: dict, scenes: list[Scene]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--weights", type=Path, help="flownet of RIFE 4.6 or 4.13 to 4.25 as .safetensors")
+    parser.add_argument(
+        "--weights", type=Path, help="flownet of RIFE 4.6 or 4.13 to 4.25, or what pretrain.stage=flow wrote, as .safetensors"
+    )
     options = parser.parse_args()
     cv2.setNumThreads(1)
     from charforgex.generation.between import by_network, dis, linear
@@ -199,11 +229,11 @@ def main() -> None:
         from charforgex.generation.ifnet import load
 
         torch.set_num_threads(1)
-        methods["rife"] = of_pairs(by_network(load(options.weights), 1, None))
+        methods["network"] = of_pairs(by_network(load(options.weights), 1, None))
     else:
-        skipped["rife"] = "no --weights"
-    count, size = (6, 128) if options.quick else (40, 256)
-    worlds = {"characters": characters(count, size), "discs": discs(count, size)}
+        skipped["network"] = "no --weights"
+    count, size = (6, 128) if options.quick else (24, 256)
+    worlds = {"characters": characters(count, size), "discs": discs(count, size), "photographs": photographs(count, size)}
     dis(worlds["discs"][0](0), worlds["discs"][0](1), TIMES)  # warm
     values = {world: measured(methods, scenes) for world, scenes in worlds.items()}
     ratios = {}
@@ -216,10 +246,10 @@ def main() -> None:
                 ratios[f"error_vs_{other}.{world}"] = found["dis"]["error"] / found[other]["error"]
                 if other != "linear":
                     ratios[f"time_vs_{other}.{world}"] = found["dis"]["seconds"] / found[other]["seconds"]
-        if "rife" in found:
+        if "network" in found:
             ratios |= {
-                f"rife_{key}_vs_dis.{world}": found["rife"][name] / found["dis"][name]
-                for key, name in (("error", "error"), ("time", "seconds"))
+                f"network_{of}_vs_dis.{world}": found["network"][key] / found["dis"][key]
+                for of, key in (("error", "error"), ("time", "seconds"))
             }
     values["cuts"] = {world: cuts(scenes) for world, scenes in worlds.items()}
     for name, ratio in ratios.items():

@@ -198,11 +198,11 @@ def test_quick_interpolation_reports_errors_beside_blending_and_names_what_it_sk
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == {"benchmark", "ratios", "values", "machine", "versions", "skipped"} and report["benchmark"] == "interpolate"
-    assert "rife" in report["skipped"]
-    for world in ("characters", "discs"):
+    assert "network" in report["skipped"]
+    for world in ("characters", "discs", "photographs"):
         told = report["values"][world]
         assert report["ratios"][f"error_vs_linear.{world}"] == pytest.approx(told["dis"]["error"] / told["linear"]["error"])
-        assert told["dis"]["error"] < 0.3 * told["linear"]["error"], "no matter of speed"
+        assert told["dis"]["error"] < 0.35 * told["linear"]["error"], "no matter of speed"
         assert told["dis"]["error"] < told["plain_dis"]["error"] and told["dis"]["ssim"] > told["linear"]["ssim"]
         assert report["values"]["cuts"][world] == {"found": 1, "false": 0}
 
