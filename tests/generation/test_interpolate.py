@@ -71,6 +71,37 @@ def test_what_comes_in_at_the_edge_is_taken_from_the_frame_that_shows_it():
     assert shares[:, -6:].max() < 0.01 and shares[:, :2].min() > 0.99 and shares[:, 20:-20] == pytest.approx(0.25, abs=1e-3)
 
 
+def begun():
+    """A network that leaves what it is given as it is."""
+    torch.manual_seed(0)
+    net = IFNet(Layout((16, 8), None, 0, given=True)).requires_grad_(False).eval()
+    for place in range(2):
+        last = getattr(net, f"block{place}").lastconv[0]
+        last.weight.zero_()
+        last.bias.zero_()
+    return net
+
+
+@pytest.mark.parametrize(("size", "time"), [((96, 128), 0.25), ((93, 127), 0.5), ((33, 41), 0.8)])
+def test_a_network_that_is_given_a_flow_goes_on_from_it(size, time):
+    first, truth, second = (moving(moment)[: size[0], -size[1] :] for moment in (0, time, 1))
+    found, known = (method(first, second, [time])[0] for method in (by_network(begun(), 1, None), dis))
+    assert found.shape == truth.shape and error(found, truth) == pytest.approx(error(known, truth), rel=0.1)
+    assert error(found, known) < 0.2 * error(known, truth)
+
+
+def test_tiles_and_batches_of_it_are_the_whole():
+    net = begun()
+    for place in range(2):
+        getattr(net, f"block{place}").lastconv[0].weight.normal_(std=0.02)
+    pair = [np.tile(moving(time), (4, 3, 1)) for time in (0, 1)]  # 384 x 384
+    whole, plain = (by_network(one, 1, None)(*pair, [0.3, 0.7]) for one in (net, begun()))
+    assert all(error(one, other) > 0.5 for one, other in zip(whole, plain, strict=True))
+    for batch, tile in ((2, None), (1, 256)):
+        for one, other in zip(whole, by_network(net, batch, tile)(*pair, [0.3, 0.7]), strict=True):
+            assert np.abs(one.astype(int) - other).mean() < 0.1
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 50), (33, 31)])
 def test_small_frames_and_still_ones_stay_what_they_are(size):
     picture = moving(0)[: size[0], : size[1]]
@@ -155,9 +186,10 @@ def test_one_frame_and_television_s_rate_and_frames_in_a_folder(tmp_path):
     assert clock(tmp_path / "more.mp4").rate == Fraction(60_000, 1001)
 
 
-def test_weights_in_a_file_are_used(tmp_path):
+@pytest.mark.parametrize("layout", [Layout((16, 8, 8), (8, 4), 8), Layout((16, 8), None, 0, given=True)])
+def test_weights_in_a_file_are_used(tmp_path, layout):
     torch.manual_seed(0)
-    save_file(IFNet(Layout((16, 8, 8), (8, 4), 8)).state_dict(), tmp_path / "net.safetensors")
+    save_file(IFNet(layout).state_dict(), tmp_path / "net.safetensors")
     make(tmp_path / "in.mp4", [4, 5])
     files = f"files=[{tmp_path}/in.mp4,{tmp_path}/out.mp4]"
     told = interpolate(compose("interpolate", [files, "by=rife", f"weights={tmp_path}/net.safetensors", "scene=1", "device=cpu"]))
@@ -172,6 +204,7 @@ def test_weights_in_a_file_are_used(tmp_path):
         (["device=cpu"], "device would have no effect"),
         (["codec=vp9"], "holds h264, h265, av1"),
         (["factor=1"], "at least 2"),
+        (["by=rife"], r"needs weights=<flownet\.safetensors>"),
         (["seconds=2"], "seconds=2 would have no effect: the files are of a video"),
     ],
 )

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import charforgex
 from charforgex import videos
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, DataError
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 FINEST = 1 << 31  # ticks a second that files can count
 NETWORK = ("weights", "batch", "tile")  # settings of by=rife alone
-EMBEDDED = Path(charforgex.__file__).parent / "charworld/assets/interpolator/model.safetensors"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SCENE, SECONDS, FPS = 0.2, 1.0, 25.0  # where nothing is said, of videos and of pictures
 
@@ -159,7 +157,7 @@ def planned(settings: Settings, clock: videos.Clock | None) -> tuple[Output, Mom
 
 
 def method_of(settings: Settings) -> Method:
-    """By the embedded network where no other is named. Raises ModelError for weights that cannot be read."""
+    """Raises ModelError for weights that cannot be read."""
     from charforgex.generation import between
 
     if settings.by != "rife":
@@ -167,7 +165,7 @@ def method_of(settings: Settings) -> Method:
     from charforgex.generation.ifnet import load
     from charforgex.generation.run import device_of
 
-    return between.by_network(load(settings.weights or EMBEDDED, device_of(settings)), settings.batch or 1, settings.tile)
+    return between.by_network(load(settings.weights, device_of(settings)), settings.batch or 1, settings.tile)
 
 
 # ---- when ----

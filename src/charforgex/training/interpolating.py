@@ -22,8 +22,8 @@ LAYOUT = Layout((48, 32), None, 0, given=True)
 SIZE = 96  # of scenes; at 128 they are measured
 EARLIER = 0.6  # what a block's error counts of the next one's
 LEVELS = 3  # of the Laplacian pyramid
-SMALL = 0.004  # errors of the picture, of 1, below which it matters less and less that they get smaller
-FLOW = 0.004  # what a pixel of error in a known flow counts, of an error of 1 in brightness
+SMALL = 0.01  # errors of the picture, of 1, below which it matters less and less that they get smaller
+FLOW = 0.05  # what a pixel of error in a known flow counts, of an error of 1 in brightness
 
 
 class Example(NamedTuple):

@@ -257,6 +257,10 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
 
                 module.network.load_state_dict(load_detector(start).state_dict())
         case "flow":
+            if options.start == "embedded":
+                raise ConfigError(
+                    "pretrain.stage=flow: no such network is embedded; leave pretrain.start=null, or name a folder of weights."
+                )
             module = FlowModule(**common)
             if start is not None:
                 from charforgex.generation.ifnet import load
