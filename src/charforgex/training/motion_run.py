@@ -94,7 +94,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     source, prompts = find_clips(cfg, settings, run_dir)
     data = bind(ClipData, data_options(cfg), "data", source=source, trigger=cfg.data.trigger, cache=Path(cfg.cache_dir), seed=cfg.seed)
     if not data.val:
-        raise DataError("No clip is held out, so nothing could tell whether the motion is learnt; set data.val_count to 1 or more.")
+        why = "; ".join(note for note in data.notes if "held out" in note) or "data.val_count=0; set it to 1 or more"
+        raise DataError(f"Nothing could tell whether the motion is learnt: {why}.")
     check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
     if settings.trainer.gradient_checkpointing:
