@@ -133,6 +133,7 @@ WRITTEN = {
     "sd3_medium": ("sd3", "medium"), "sd35_large": ("sd3", "35_large"),
     "sd15": ("sd15", "."), "animatediff_v3": ("animatediff", "v3"), "animatediff_v2": ("animatediff", "v2"),
     "charworld_sdxl": ("sdxl", None), "charworld_flux": ("flux", None), "charworld_sd3": ("sd3", None),
+    "charworld_animatediff": ("animatediff", None),
 }  # fmt: skip
 
 
