@@ -216,9 +216,9 @@ def page(found: dict[str, dict]) -> str:
     runs = "\n\n".join(f"### {family}\n\n{characters_table(one['characters'])}" for family, one in found.items())
     return f"""# Charworld: the embedded default
 
-CharForgeX carries a small world of drawn characters, and tiny models of SDXL's, Flux's, SD3's and AnimateDiff's own classes trained on it, so that
-everything can be shown and tested with real effects and without a download. No model has seen the demo's characters: their (hair style,
-hair colour) pairs are kept out of all pre-training, and so are they.
+CharForgeX carries a small world of drawn characters, and tiny models of SDXL's, Flux's, SD3's and AnimateDiff's own classes trained on
+it, so that everything can be shown and tested with real effects and without a download. No model has seen the demo's characters: their
+(hair style, hair colour) pairs are kept out of all pre-training, and so are they.
 
 {pictures}
 

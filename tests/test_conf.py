@@ -31,7 +31,7 @@ CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "e
 CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora", "curation": "curation", "motion": "motion"}
 MOTION = ("family=animatediff", "family=animatediff_v3", "data=clips", "evaluation=motion", "motion=default")
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
-WITH |= dict.fromkeys(MOTION, ["experiment=animatediff_motion"])
+WITH |= {chosen: ["experiment=animatediff_motion"] for chosen in MOTION}
 
 
 @pytest.mark.parametrize("group", CHOSEN_BY)

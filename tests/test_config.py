@@ -100,7 +100,8 @@ OUT_OF_RANGE = {
 def keys_and_groups(name):
     """All settings with their values and all groups with their choices, of a real tree."""
     cfg = OmegaConf.to_container(compose(name), resolve=True)
-    keys = {key: value for key, value in dotted(cfg) if not isinstance(value, dict)}
+    own = ".captions.turns."  # names of one's own, which may all be taken away
+    keys = {key: value for key, value in dotted(cfg) if not isinstance(value, dict) and own not in key}
     return keys, {group: options for group, options in group_choices(Search(name, conf_folder()).loader(), name).items() if options}
 
 
