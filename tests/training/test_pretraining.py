@@ -157,4 +157,4 @@ def test_animatediff_starts_from_sdxl_and_loads_as_a_base(folder):
     assert told["before"]["steps"] == 2 and told["before"]["started_from"] == "sdxl's embedded base" and told["started_from"] == "weights"
     assert provenance(further, "animatediff/vae") == json.loads((ROOT / "sdxl/vae/provenance.json").read_text())
     with pytest.raises(ConfigError, match="of animatediff only the base is trained"):
-        train(folder, "vae", family="animatediff")
+        train(folder / "other", "vae", family="animatediff")

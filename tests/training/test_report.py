@@ -32,7 +32,7 @@ def test_flux():
     assert said["loss"] == "mse, weighting none"
     assert said["noise levels"].endswith("t = 1 noise, logit_normal, shifted by 1.878 for the largest picture")
     assert said["adapter"] == "LoRA, rank 16, alpha 16, scale alpha/rank 1"
-    assert said["trains"].startswith("2 layers, 0.0123 M parameters")
+    assert said["trains"] == "0.0123 M parameters, 2 layers such as a.b"
     assert plan("flux", config={"guidance_embeds": False})["target"] == "rectified flow, velocity"
     assert "shifted by 3.158 for" in plan("flux", grid=(128, 128))["noise levels"]
 
