@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 
 from charforgex.config import compose
 from charforgex.lora.inject import leaving_casts_to_autocast
-from charforgex.training import character
+from charforgex.training import job
 from charforgex.training.module import StepModule
 from charforgex.training.run import run
 from tests.families.rows import PICTURES
@@ -23,7 +23,7 @@ def seen(monkeypatch):
     """The groups of the base that are loaded, and at each step what of them is alive."""
     groups, encoders, alive = [], [], []
     others = weakref.WeakSet(item for item in gc.get_objects() if isinstance(item, (CLIPModel, *TEXT_ENCODERS)))  # of other tests
-    loader, training_step = character.loader, StepModule.training_step
+    loader, training_step = job.loader, StepModule.training_step
 
     def watched_loader(*arguments):
         load_parts = loader(*arguments)
@@ -46,7 +46,7 @@ def seen(monkeypatch):
         alive.append([type(item).__name__ for item in [*found, *filter(None, (encoder() for encoder in encoders))]])
         return training_step(module, *arguments)
 
-    monkeypatch.setattr(character, "loader", watched_loader)
+    monkeypatch.setattr(job, "loader", watched_loader)
     monkeypatch.setattr(StepModule, "training_step", watched_step)
     return groups, encoders, alive
 

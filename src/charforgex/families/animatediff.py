@@ -125,18 +125,8 @@ class AnimateDiff(spelled.AnimateDiff, Family):
     def save_motion(self, denoiser, folder: Path) -> Path:
         return motion_base.save(denoiser, folder)
 
-    def pipeline(self, parts: Components):
-        from charforgex.quiet import quiet
-
-        with quiet():  # about torchvision, which nothing here uses
-            from diffusers import AnimateDiffPipeline
-
-        pipeline = AnimateDiffPipeline(
-            **{name: parts.modules.get(name) for group in self.components.values() for name in group},
-            motion_adapter=None, scheduler=parts["scheduler"],
-        )  # fmt: skip
-        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
-        return pipeline
+    def pipeline_settings(self, parts: Components) -> dict[str, Any]:
+        return {"motion_adapter": None}  # the network has its motion modules
 
     def tiny(self, seed: int = 0) -> Components:
         from diffusers import AutoencoderKL, DDIMScheduler, UNetMotionModel

@@ -180,9 +180,22 @@ class Family(ABC):
         """Of families of clips: what sees several frames at once, in a folder that `source` takes before the base that it changes."""
         raise NotImplementedError
 
-    @abstractmethod
+    def pipeline_settings(self, parts: Components) -> dict[str, Any]:
+        """What the family's pipeline is told besides its parts."""
+        return {}
+
     def pipeline(self, parts: Components) -> DiffusionPipeline:
-        """The family's text-to-image pipeline around these very parts, without a safety checker or watermark.
+        """The family's own pipeline, the first of `pipelines`, around these very parts, without a safety checker or watermark.
 
         Text encoders that are not loaded are left out; such a pipeline wants encoded prompts.
         """
+        from charforgex.quiet import quiet
+
+        with quiet():  # about torchvision, which nothing here uses
+            import diffusers
+
+            kind = getattr(diffusers, self.pipelines[0])
+        named = {name: parts.modules.get(name) for group in self.components.values() for name in group}
+        pipeline = kind(**named, scheduler=parts["scheduler"], **self.pipeline_settings(parts))
+        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
+        return pipeline

@@ -172,17 +172,6 @@ class Flux(Family):
             raise ConfigError(f"lora.targets={preset} is unknown for flux; choose one of {', '.join(TARGETS)}.")
         return TARGETS[preset]
 
-    def pipeline(self, parts: Components):
-        from charforgex.quiet import quiet
-
-        with quiet():  # about torchvision, which nothing here uses
-            from diffusers import FluxPipeline
-
-        names = [name for group in self.components.values() for name in group]
-        pipeline = FluxPipeline(**{name: parts.modules.get(name) for name in names}, scheduler=parts["scheduler"])
-        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
-        return pipeline
-
     def tiny(self, seed: int = 0) -> Components:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
         from transformers import CLIPTextModel

@@ -176,17 +176,6 @@ class Sd3(Family):
         blocks = range(denoiser_config["num_layers"] - 1)
         return [path for t in targets for path in ([f"transformer_blocks.{i}.{t}" for i in blocks] if t == "attn.add_q_proj" else [t])]
 
-    def pipeline(self, parts: Components):
-        from charforgex.quiet import quiet
-
-        with quiet():  # about torchvision, which nothing here uses
-            from diffusers import StableDiffusion3Pipeline
-
-        names = [name for group in self.components.values() for name in group]
-        pipeline = StableDiffusion3Pipeline(**{name: parts.modules.get(name) for name in names}, scheduler=parts["scheduler"])
-        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
-        return pipeline
-
     def tiny(self, seed: int = 0) -> Components:
         from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
         from transformers import CLIPTextModelWithProjection

@@ -127,18 +127,8 @@ class Sdxl(Family):
             raise ConfigError(f"lora.targets={preset} is unknown for sdxl; choose one of {', '.join(TARGETS)}.")
         return TARGETS[preset]
 
-    def pipeline(self, parts: Components):
-        from charforgex.quiet import quiet
-
-        with quiet():  # about torchvision, which nothing here uses
-            from diffusers import StableDiffusionXLPipeline
-
-        pipeline = StableDiffusionXLPipeline(
-            **{name: parts.modules.get(name) for group in self.components.values() for name in group}, scheduler=parts["scheduler"],
-            force_zeros_for_empty_prompt=parts.config.get("force_zeros_for_empty_prompt", True), add_watermarker=False,
-        )  # fmt: skip
-        pipeline.vae_scale_factor = self.latent_stride(parts)  # it takes 8 for granted where the VAE is not loaded
-        return pipeline
+    def pipeline_settings(self, parts: Components) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": parts.config.get("force_zeros_for_empty_prompt", True), "add_watermarker": False}
 
     def tiny(self, seed: int = 0) -> Components:
         from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel

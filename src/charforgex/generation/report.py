@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charforgex.errors import ConfigError
-from charforgex.runs import replace_atomic
+from charforgex.runs import replace_atomic, write_result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,6 +160,16 @@ def _sheets(result: dict[str, Any]) -> list[str]:
 
 
 # ---- the last words ----
+
+
+def finish(out: Path, result: dict[str, Any], logger: LoggerSettings, tracker: Any) -> None:
+    """result.json, the trackers that were asked for (`tracker` is W&B's run or None), and the summary."""
+    write_result(out, result)
+    if logger.tensorboard:
+        write_tensorboard(out, result)
+    if tracker is not None:
+        finish_wandb(tracker, result)
+    summary(result)
 
 
 def summary(result: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from charforgex.errors import ConfigError, ModelError
 from charforgex.generation import report
 from charforgex.generation.prompts import check_templates, expand, read_prompts
 from charforgex.generation.settings import SamplingSettings, Settings
-from charforgex.runs import create_run_dir, save_config, sha256_file, versions, write_provenance, write_result
+from charforgex.runs import create_run_dir, save_config, sha256_file, versions, write_provenance
 
 if TYPE_CHECKING:
     from charforgex.generation.metadata import LoraUse, Recipe
@@ -103,21 +103,13 @@ def generate(cfg: Any) -> dict[str, Any]:
         "pictures": pictures,
         "family": stack.family.name,
         "base": stack.base,
-        "loras": [
-            {"path": str(adapter.path), "name": adapter.name, "sha256": use.sha256, "trigger": adapter.trigger}
-            for adapter, use in zip(stack.adapters, loras, strict=True)
-        ],
+        "loras": told_loras(stack, loras),
         "settings": settings_used | {"device": device},
         "truncated": truncated,
         "warnings": stack.warnings,
         "seconds": {"load": loaded - started, "sample": sampled - loaded, "total": time.perf_counter() - started},
     }
-    write_result(out, result)
-    if settings.logger.tensorboard:
-        report.write_tensorboard(out, result)
-    if tracker is not None:
-        report.finish_wandb(tracker, result)
-    report.summary(result)
+    report.finish(out, result, settings.logger, tracker)
     return result
 
 
@@ -287,6 +279,14 @@ def lora_uses(stack: Stack) -> list[LoraUse]:
         known = hashes(adapter.path)
         found.append(LoraUse(adapter.name, known["sha256"], known["autov3"], 1.0))
     return found
+
+
+def told_loras(stack: Stack, uses: Sequence[LoraUse]) -> list[dict[str, Any]]:
+    """The LoRAs as result.json has them."""
+    return [
+        {"path": str(adapter.path), "name": adapter.name, "sha256": use.sha256, "trigger": adapter.trigger}
+        for adapter, use in zip(stack.adapters, uses, strict=True)
+    ]
 
 
 def _recipe(job: Job, common: dict[str, Any], base_sha256: str, loras: list[LoraUse]) -> Recipe:

@@ -28,12 +28,13 @@ from charforgex.generation.run import (
     lora_uses,
     shared,
     size_of,
+    told_loras,
     trigger_word,
     truncated_prompts,
 )
 from charforgex.generation.settings import Settings
 from charforgex.generation.video_settings import STRENGTH
-from charforgex.runs import create_run_dir, save_config, sha256_file, write_provenance, write_result
+from charforgex.runs import create_run_dir, save_config, sha256_file, write_provenance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,21 +125,13 @@ def generate_clips(cfg: Any, settings: Settings) -> dict[str, Any]:
         "clips": [clips[job.number] for job in jobs],
         "family": stack.family.name,
         "base": stack.base,
-        "loras": [
-            {"path": str(adapter.path), "name": adapter.name, "sha256": use.sha256, "trigger": adapter.trigger}
-            for adapter, use in zip(stack.adapters, uses, strict=True)
-        ],
+        "loras": told_loras(stack, uses),
         "settings": told | vars(common["clip"]) | _as_asked(settings) | {"device": device},
         "truncated": truncated,
         "warnings": stack.warnings + _speeds(stack, film),
         "seconds": {"load": loaded - started, "sample": sampled - loaded, "total": time.perf_counter() - started},
     }
-    write_result(out, result)
-    if settings.logger.tensorboard:
-        report.write_tensorboard(out, result)
-    if tracker is not None:
-        report.finish_wandb(tracker, result)
-    report.summary(result)
+    report.finish(out, result, settings.logger, tracker)
     return result
 
 

@@ -28,7 +28,6 @@ from charforgex.families import registry
 from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components
 from charforgex.families.tokens import save_tokens
-from charforgex.generation.sampling import check_sampling
 from charforgex.lora.checkpoints import folder_name, read_checkpoint, saved_steps
 from charforgex.lora.inject import adapter_parameters, inject, read_adapters
 from charforgex.lora.lycoris import WRITABLE
@@ -47,8 +46,8 @@ from charforgex.training.job import (
     encoder_hashes,
     finish_wandb,
     leave_if,
-    loader,
     make_loggers,
+    open_base,
     restore,
     set_threads,
     start_run,
@@ -96,17 +95,13 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
         check_compiler(device)
-    objective = bind(Objective, cfg.loss, "loss")
     character = job.character = find_character(cfg, run_dir)
     prompts = with_trigger(settings.evaluation.prompts, character.trigger)
     settings = job.settings = replace(settings, evaluation=replace(settings.evaluation, prompts=prompts))
     word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
     targets = settings.lora.targets
     targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
-    load_parts = loader(cfg, family, device)
-    base = load_parts([])  # the scheduler alone, and what the configs tell
-    objective.check(family.process(base))
-    check_sampling(family, base, settings.sampling)
+    load_parts, base, objective = open_base(job, family, device)
 
     source, val_count = curated(job)
     data = bind(

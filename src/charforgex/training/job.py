@@ -12,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from charforgex import runs
-from charforgex.config import conf_folder
+from charforgex.config import bind, conf_folder
 from charforgex.data.prepared import LoadParts, PreparedData
 from charforgex.errors import ConfigError
 from charforgex.families.base import Family
 from charforgex.families.loading import weights_hash
+from charforgex.generation.sampling import check_sampling
 from charforgex.training.checkpoints import load_last_good
+from charforgex.training.losses import Objective
 from charforgex.training.module import StepModule
 from charforgex.training.run import Clock, Settings
 from charforgex.types import Components
@@ -71,6 +73,16 @@ def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
         return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer)
 
     return load_parts
+
+
+def open_base(job: Job, family: Family, device: str) -> tuple[LoadParts, Components, Objective]:
+    """What loads the base, what its configs and its scheduler tell, and the objective. Raises ConfigError for one that does not fit it."""
+    objective = bind(Objective, job.cfg.loss, "loss")
+    load_parts = loader(job.cfg, family, device)
+    base = load_parts([])
+    objective.check(family.process(base))
+    check_sampling(family, base, job.settings.sampling)
+    return load_parts, base, objective
 
 
 def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:

@@ -25,7 +25,6 @@ from charforgex.families import registry
 from charforgex.families.base import Family
 from charforgex.families.loading import denoiser_config, load_components
 from charforgex.families.parts import adaptable
-from charforgex.generation.sampling import check_sampling
 from charforgex.lora.checkpoints import folder_name, read_checkpoint, saved_steps
 from charforgex.lora.formats import read
 from charforgex.lora.inject import adapter_parameters, inject, read_adapter
@@ -45,8 +44,8 @@ from charforgex.training.job import (
     encoder_hashes,
     finish_wandb,
     leave_if,
-    loader,
     make_loggers,
+    open_base,
     restore,
     set_threads,
     start_run,
@@ -83,12 +82,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     family = registry.get(cfg.family.name)
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
-    objective = bind(Objective, cfg.loss, "loss")
     wanted = targets_of(family, settings, denoiser_config(family, cfg.family.source))
-    load_parts = loader(cfg, family, device)
-    base = load_parts([])  # the scheduler alone, and what the configs tell
-    objective.check(family.process(base))
-    check_sampling(family, base, settings.sampling)
+    load_parts, base, objective = open_base(job, family, device)
     if cfg.data.frames > (known := base.config["max_frames"]):
         raise ConfigError(f"data.frames={cfg.data.frames}: the motion modules of {cfg.family.source} know {known} at once; take fewer.")
     source, prompts = find_clips(cfg, settings, run_dir)
