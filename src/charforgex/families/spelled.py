@@ -1,4 +1,4 @@
-"""Families of which LoRA files are understood and nothing more: Stable Diffusion 1.5, and AnimateDiff's motion modules in it.
+"""What LoRA files call the layers of Stable Diffusion 1.5, of which nothing else is known here, and of the motion modules in AnimateDiff.
 
 What AnimateDiff publishes (Guo et al. 2023) has a name of its own for each module, in diffusers' old form of attention processors;
 ComfyUI's nodes and the MotionDirector trainer (Zhao et al. 2023) have the same.

@@ -73,9 +73,8 @@ def in_windows(predict: Predict, noisy_BCThw: Tensor, parts: Windows, at_once: i
         frames, weights = parts.frames_WL[start : start + at_once], parts.weights_WL[start : start + at_once].to(out.device)
         some = noisy_BCThw[:, :, frames].transpose(1, 2).flatten(0, 1)  # (B * W, C, L, h, w)
         found = predict(some, frames.repeat(batch, 1)).float().unflatten(0, (batch, -1))
-        for number, (places, weight) in enumerate(
-            zip(frames, weights, strict=True)
-        ):  # one by one: adding at once has no fixed order on GPUs
+        # one by one: adding at once has no fixed order on GPUs
+        for number, (places, weight) in enumerate(zip(frames, weights, strict=True)):
             out[:, :, places] += found[:, number] * weight[:, None, None]
     return out
 
