@@ -10,8 +10,8 @@ import torch
 
 from charforgex.errors import ModelError
 from charforgex.families import registry
-from charforgex.families.gguf_files import PackedLinear
 from charforgex.families.loading import weights_hash
+from charforgex.families.packed import PackedLinear
 from charforgex.lora.inject import adapter_parameters, inject
 from charforgex.types import Crop, Text
 

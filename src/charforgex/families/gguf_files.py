@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from charforgex.errors import ModelError
 from charforgex.families.layouts import Header
 from charforgex.families.originals import Original
+from charforgex.families.packed import PackedLinear
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
@@ -49,34 +49,16 @@ def unpack(packed: Tensor, kind: GGMLQuantizationType) -> Tensor:
     return dequantize_gguf_tensor(GGUFParameter(packed, quant_type=kind))
 
 
-class _Unpacking(torch.autograd.Function):
-    """x W^T + b, where backwards unpacks W again: autograd would keep every layer's unpacked weight until then."""
-
-    @staticmethod
-    def forward(context, x: Tensor, packed: Tensor, bias: Tensor | None, kind: GGMLQuantizationType) -> Tensor:
-        context.packed, context.kind = packed, kind
-        return F.linear(x, unpack(packed, kind).to(x.dtype), bias)
-
-    @staticmethod
-    def backward(context, gradient: Tensor):
-        return gradient @ unpack(context.packed, context.kind).to(gradient.dtype), None, None, None
-
-
-class PackedLinear(nn.Linear):
-    """A frozen linear layer. Its `weight` is unpacked for whoever asks, as adapters do that start from it or measure it."""
+class GgufLinear(PackedLinear):
+    stored = ("packed",)
 
     def __init__(self, packed: Tensor, kind: GGMLQuantizationType, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.kind, self.dtype = in_features, out_features, kind, dtype
-        self.register_buffer("packed", packed, persistent=True)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False) if bias else None
+        super().__init__(in_features, out_features, bias, dtype)
+        self.kind = kind
+        self.register_buffer("packed", packed)
 
-    @property
-    def weight(self) -> Tensor:
-        return unpack(self.packed, self.kind).to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Unpacking.apply(x, self.packed, self.bias, self.kind)
+    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        return unpack(packed, self.kind).to(dtype)
 
 
 def read_tensors(path: Path, originals: Mapping[str, Original], dtype: torch.dtype, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -98,5 +80,5 @@ def read_tensors(path: Path, originals: Mapping[str, Original], dtype: torch.dty
         if kind.name == "BF16" or leaf != "weight" or not isinstance(module, nn.Linear):
             yield key, unpack(rows, kind).to(dtype)
             continue
-        network.set_submodule(place, PackedLinear(rows, kind, module.in_features, module.out_features, module.bias is not None, dtype))
+        network.set_submodule(place, GgufLinear(rows, kind, module.in_features, module.out_features, module.bias is not None, dtype))
         yield f"{place}.packed", rows
