@@ -6,6 +6,7 @@ Pixels are in [-1, 1]. Latents are already shifted and scaled. Time t is float32
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -91,9 +92,23 @@ class Batch(Movable):
     captions: tuple[str, ...] = ()  # what `text` was made of
     weight_B: Tensor | None = None  # loss weights of whole pictures, None for 1
     prior: Prior | None = None
+    place: tuple[int, int] | None = None  # cut out of a larger batch: the first row there, and how many that one has
 
     def __len__(self) -> int:
         return len(self.mean_BChw)
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Rows `first` to before `last`, which know where they came from: see `drawn`."""
+        cut = _map(self, lambda tensor: tensor[first:last])
+        prior = cut.prior and replace(cut.prior, captions=cut.prior.captions[first:last])
+        begin, whole = self.place or (0, len(self))
+        told = {"keys": self.keys[first:last], "captions": self.captions[first:last], "prior": prior}
+        return replace(cut, **told, place=(begin + first, whole))
+
+    def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """`draw(n)`, random numbers for a whole batch of n, for these rows: the same ones however a batch is cut."""
+        first, whole = self.place or (0, len(self))
+        return draw(whole)[first : first + len(self)]
 
 
 @dataclass

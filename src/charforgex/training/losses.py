@@ -115,14 +115,19 @@ class Objective:
             noise = noise + self.noise_offset * torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=generator)
         return noise
 
+    def times_of(self, process: Process, batch: Batch, *key: object) -> Tensor:
+        """Times (B,) of a batch, on the CPU, for the draw `key`."""
+        tokens = batch.mean_BChw.shape[-2] * batch.mean_BChw.shape[-1] // 4
+        return batch.drawn(lambda count: self.times(count, process, *key, tokens=tokens))
+
     def draw(self, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents, their noise and times, each a function of `key`; of the times only where none are given."""
-        device = batch.mean_BChw.device
-        fresh = torch.randn(batch.mean_BChw.shape, generator=torch_generator(*key, "posterior")).to(device)
+        device, shape = batch.mean_BChw.device, batch.mean_BChw.shape[1:]
+        fresh = batch.drawn(lambda count: torch.randn((count, *shape), generator=torch_generator(*key, "posterior"))).to(device)
         clean = batch.mean_BChw + batch.std_BChw * fresh
-        noise = self.noise(clean.shape, *key).to(device)
+        noise = batch.drawn(lambda count: self.noise(torch.Size((count, *shape)), *key)).to(device)
         if t_B is None:
-            t_B = self.times(len(batch), process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
+            t_B = self.times_of(process, batch, *key)
         return clean, noise, t_B.to(device)
 
     def losses(self, family: Family, denoiser, process: Process, batch: Batch, *key: object, t_B: Tensor | None = None) -> Tensor:

@@ -60,12 +60,13 @@ class MotionLoraModule(DenoiserModule):
         frames = clean.shape[2]
         masked = bool(self.temporal and self.spatial) and python_rng(*key, "masked").random() < self.masked
         if self.spatial and not masked:
-            frame_B = frame_indices(len(clean), frames, *key)
-            with self.learning("spatial"), self.temporal_acting([]), self._dropping(key):
+            frame_B = micro.drawn(lambda count: frame_indices(count, frames, *key))
+            first = micro.place[:1] if micro.place and micro.place[0] else ()  # pieces of a batch drop what they drop apart
+            with self.learning("spatial"), self.temporal_acting([]), self._dropping((*key, *first)):
                 found = self._predict(one_frame(noisy, frame_B), t_B, micro)
                 yield "spatial", diffusion_loss(found, one_frame(target, frame_B), weight_B, kind=how.kind, huber_delta=how.huber_delta)
         if self.temporal:
-            anchor_B = frame_indices(len(clean), frames, *key, "anchor")
+            anchor_B = micro.drawn(lambda count: frame_indices(count, frames, *key, "anchor"))
             with self.learning("temporal"), self.without_spatial() if masked else nullcontext():
                 found = self._predict(noisy, t_B, micro)
                 yield "temporal", motion_losses(found, target, weight_B, anchor_B, self.debias, how.kind, how.huber_delta)

@@ -385,11 +385,10 @@ class GuidanceModule(BaseModule):
         self.unsaid = family.encode_text(parts, [""])
 
     def losses(self, micro: Batch, key: tuple) -> Tensor:
-        fresh = torch.randn(micro.mean_BChw.shape, generator=torch_generator(*key, "posterior"))
-        clean = micro.mean_BChw + micro.std_BChw * fresh
-        t_B = self.objective.times(len(micro), self.process, *key, tokens=clean.shape[-2] * clean.shape[-1] // 4)
-        noisy = self.process.add_noise(clean, self.objective.noise(clean.shape, *key), t_B)
-        guidance_B = 1 + (self.most - 1) * torch.rand(len(micro), generator=torch_generator(*key, "guidance"))
+        clean, noise, t_B = self.objective.draw(self.process, micro, *key)
+        noisy = self.process.add_noise(clean, noise, t_B)
+        share_B = micro.drawn(lambda count: torch.rand(count, generator=torch_generator(*key, "guidance")))
+        guidance_B = 1 + (self.most - 1) * share_B
         with torch.no_grad():
             said = self.family.denoise(self.teacher, noisy, t_B, micro.text, micro.crop)
             unsaid = self.family.denoise(self.teacher, noisy, t_B, self.unsaid[[0] * len(micro)], micro.crop)
