@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "charforgex"
-BASICS = {"types", "errors", "config", "binding", "overrides", "runs", "draws", "quiet", "pages", "videos", "gifs"}
+BASICS = {"types", "errors", "config", "binding", "overrides", "runs", "draws", "quiet", "pages", "videos", "filming", "gifs"}
 INTERFACES = {"curation.manifest", "families.base"}  # what a package may know of another without depending on all of it
 # package -> packages, or single modules, that it may import besides the basics and itself
 ALLOWED = {

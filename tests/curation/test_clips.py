@@ -18,7 +18,8 @@ from charforgex.curation.clips.windows import Short, windows
 from charforgex.curation.items import Face
 from charforgex.curation.manifest import Manifest
 from charforgex.errors import ConfigError, DataError
-from charforgex.videos import Output, frames, writing
+from charforgex.filming import Output, writing
+from charforgex.videos import frames
 
 pytest.importorskip("av")
 SIZE = (64, 96)

@@ -15,8 +15,9 @@ from charforgex.data.datamodule import CharacterData
 from charforgex.errors import ConfigError, DataError
 from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.sdxl import Sdxl
+from charforgex.filming import Output, writing
 from charforgex.runs import sha256_file
-from charforgex.videos import Frame, Output, writing
+from charforgex.videos import Frame
 
 pytest.importorskip("av")
 BASE = AnimateDiff().tiny()
@@ -205,16 +206,16 @@ def test_a_second_start_decodes_nothing(make, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_any_number_of_workers_first_step_and_ranks(prepared):
+def test_any_number_of_workers_first_step_and_share(prepared):
     settings = {"batch_size": 2, "flip": True, "caption_dropout": 0.3}
     data, _ = prepared(**settings)
     wanted = [flat(data.batch(step)) for step in range(12)]
     other, _ = prepared(num_workers=2, **settings)
-    assert [flat(batch) for batch in other.train_dataloader(3, 9)] == wanted[3:]
-    assert [flat(data.batch(step, rank, 2)) for step in range(6) for rank in range(2)] == wanted
+    assert [flat(batch) for batch in other.train_dataloader(range(3, 12))] == wanted[3:]
+    assert [flat(batch) for batch in data.train_dataloader([1, 7])] == [wanted[1], wanted[7]]
     assert {caption for batch in wanted for caption in batch[-1]} >= {"", "zkx nods"}
     assert data.final_prompts(4) == [caption for batch in wanted[:2] for caption in batch[-1]]
-    assert data.epoch_steps() == 4 and torch.isfinite(data.text("zkx jumps").tokens_BLD).all()  # 8 clips to train on
+    assert data.epoch_batches() == 4 and torch.isfinite(data.text("zkx jumps").tokens_BLD).all()  # 8 clips to train on
 
 
 # ---- manifests ----

@@ -19,7 +19,7 @@ from charforgex.generation.between import by_network, dis, linear, started
 from charforgex.generation.ifnet import IFNet, Layout
 from charforgex.generation.interpolate import as_rate, divided, evenly, interpolate, smooth
 from charforgex.videos import Frame, clock, frames
-from tests.test_videos import beeping, loud_at, make
+from tests.test_filming import beeping, loud_at, make
 
 av = pytest.importorskip("av")
 

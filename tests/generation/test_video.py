@@ -17,19 +17,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import charforgex
-from charforgex import videos
+from charforgex import filming, videos
 from charforgex.config import compose
 from charforgex.errors import CharForgeError, ConfigError, DataError, LoraError, ModelError
 from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.sdxl import Sdxl
 from charforgex.families.spelled import Sd15
+from charforgex.filming import Output
 from charforgex.generation import beginnings, clip_files
 from charforgex.generation.clips import decode_frames, encode_frames
 from charforgex.generation.metadata import ClipRecipe, Recipe, read_recipe
 from charforgex.generation.run import generate
 from charforgex.lora import metadata, writing
 from charforgex.lora.state import Lora, LoraLayer
-from charforgex.videos import Frame, Output
+from charforgex.videos import Frame
 
 pytest.importorskip("av")
 FAMILY = AnimateDiff()
@@ -175,7 +176,7 @@ def test_a_long_loop_that_travels(base, tmp_path):
 
 def movie(path, count, rate=Fraction(8), size=(48, 64)):
     """A video whose frame k is all of the grey 10 k."""
-    with videos.writing(Output(path, rate, rate.numerator, "ffv1")) as out:
+    with filming.writing(Output(path, rate, rate.numerator, "ffv1")) as out:
         for number in range(count):
             out.write(np.full((*size, 3), 10 * number, np.uint8), number / rate, 1 / rate)
     return path

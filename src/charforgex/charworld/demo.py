@@ -94,7 +94,7 @@ def moving_character(number: int) -> world.Identity:
 
 def write_motion(folder: Path, motion: str, frames: int, fps: float, size: int = 64, count: int = 16, characters: int = 4) -> Path:
     """A folder of videos of the first few moving characters, each of one second: .mkv beside .txt, like anybody's. Returns `folder`."""
-    from charforgex.videos import Output, writing
+    from charforgex.filming import Output, writing
 
     folder.mkdir(parents=True, exist_ok=True)
     rate = Fraction(str(fps))

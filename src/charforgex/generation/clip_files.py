@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from charforgex import videos
+from charforgex import filming
+from charforgex.filming import Codec, Output
 from charforgex.generation import interpolate
 from charforgex.generation.metadata import ClipRecipe, Recipe, comment, save_png
 from charforgex.generation.sheets import contact_sheet
 from charforgex.runs import replace_atomic
-from charforgex.videos import Codec, Frame, Output
+from charforgex.videos import Frame
 
 SHOWN = 8  # frames of a strip
 
@@ -40,7 +41,7 @@ def write_clip(
 
     faster = rate * (clip.interpolate or 1)
     count = 0
-    with videos.writing(Output(path, faster, faster.numerator, codec, crf, comment=comment(recipe))) as out:
+    with filming.writing(Output(path, faster, faster.numerator, codec, crf, comment=comment(recipe))) as out:
         for pixels, time, lasts in smoothed(timed(), clip, rate) if clip.interpolate else timed():
             out.write(pixels, time, lasts)
             count += 1

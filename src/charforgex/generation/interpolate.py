@@ -14,10 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from charforgex import videos
+from charforgex import filming, videos
 from charforgex.config import Range, bind
 from charforgex.errors import ConfigError, DataError
-from charforgex.videos import Codec, Frame, Output
+from charforgex.filming import Codec, Output
+from charforgex.videos import Frame
 
 if TYPE_CHECKING:
     from charforgex.generation.between import Method
@@ -88,8 +89,8 @@ class Settings:
 
     def check(self) -> None:
         """What can be known before a frame is read. Raises ConfigError."""
-        codec = videos.check_output(self.out, self.codec)
-        if self.crf is not None and (codec is None or videos.ENCODERS[codec][1] is None):
+        codec = filming.check_output(self.out, self.codec)
+        if self.crf is not None and (codec is None or filming.ENCODERS[codec][1] is None):
             raise ConfigError(f"crf={self.crf} would have no effect: {self.out.name} keeps all that its format can; leave it out.")
         if self.out.resolve() in [path.resolve() for path in self.files[:-1]]:
             raise ConfigError(f"{self.out} is what is read, which stays as it is; name another file.")
@@ -115,7 +116,7 @@ def interpolate(cfg: Mapping[str, Any]) -> dict[str, Any]:
             told["frames_before"] += 1
             yield frame
 
-    with videos.writing(output) as out:
+    with filming.writing(output) as out:
         for pixels, time, lasts in smooth(counted(source), method, moments, scene, told["cuts"]):
             out.write(pixels, time, lasts)
             told["frames"] += 1
@@ -142,7 +143,7 @@ def shown(paths: list[Path], seconds: Fraction, lasts: Fraction) -> Iterator[Fra
 
 def planned(settings: Settings, clock: videos.Clock | None) -> tuple[Output, Moments]:
     """Where the frames go, and at which times they are; without a `clock` those of pictures."""
-    holds = bool(videos.HOLDS[settings.out.suffix.lower()])
+    holds = bool(filming.HOLDS[settings.out.suffix.lower()])
     sound = settings.source if settings.sound and holds and clock else None
     fps = settings.fps if clock else settings.fps or FPS
     how = f"fps={fps:g}" if fps else f"factor={settings.factor or 2}"

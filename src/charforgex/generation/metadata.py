@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from charforgex import videos
+from charforgex import filming
 from charforgex.generation.schedulers import FLOW_SAMPLERS, SAMPLERS
 from charforgex.runs import replace_atomic
 
@@ -154,5 +154,5 @@ def _own_text(path: Path) -> dict[str, Any] | None:
 
 
 def _commented(path: Path) -> dict[str, Any] | None:
-    said = videos.comment_of(path) or ""
+    said = filming.comment_of(path) or ""
     return json.loads(said).get("charforgex") if said.startswith('{"charforgex"') else None

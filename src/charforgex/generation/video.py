@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from charforgex import videos
+from charforgex import filming, videos
 from charforgex.errors import ConfigError, DataError
 from charforgex.generation import report
 from charforgex.generation.prompts import check_templates, expand, read_prompts
@@ -154,8 +154,8 @@ def read_scenes(settings: Settings) -> list[tuple[str, ...]]:
 
 def _check_format(settings: Settings) -> None:
     path = Path("clip" if settings.format == "frames" else f"clip.{settings.format}")
-    codec = videos.check_output(path, settings.codec)
-    if settings.crf is not None and (codec is None or videos.ENCODERS[codec][1] is None):
+    codec = filming.check_output(path, settings.codec)
+    if settings.crf is not None and (codec is None or filming.ENCODERS[codec][1] is None):
         raise ConfigError(f"crf={settings.crf} would have no effect: {codec or settings.format} keeps all that it can; leave it out.")
 
 

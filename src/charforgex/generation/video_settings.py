@@ -10,8 +10,8 @@ from charforgex.binding import show
 from charforgex.config import Range
 from charforgex.errors import ConfigError
 from charforgex.families.settings import Positive
+from charforgex.filming import Codec
 from charforgex.generation.interpolate import PICTURES
-from charforgex.videos import Codec
 
 MOVING = (".gif", ".apng")
 STRENGTH = 0.6  # where nothing is said

@@ -18,6 +18,7 @@ from charforgex.draws import seed_of
 from charforgex.embedders import Embedder
 from charforgex.evaluation import levels, motion
 from charforgex.families.base import Family
+from charforgex.filming import Output, writing
 from charforgex.generation.clips import decode_frames, sample_clip
 from charforgex.generation.settings import SamplingSettings
 from charforgex.generation.sheets import contact_sheet
@@ -26,7 +27,6 @@ from charforgex.training.losses import computing_in
 from charforgex.training.motion import motion_losses
 from charforgex.training.settings import MotionEvaluationSettings
 from charforgex.types import Components
-from charforgex.videos import Output, writing
 
 SHOWN = 8  # frames in a row of a sheet
 COLUMNS = 4  # clips of a GIF side by side

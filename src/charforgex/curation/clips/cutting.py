@@ -19,8 +19,9 @@ from charforgex.curation.cutting import are_there, plain_name
 from charforgex.curation.executors import Job
 from charforgex.curation.shards import digest
 from charforgex.errors import DataError
+from charforgex.filming import Output, writing
 from charforgex.runs import sha256_file, write_json
-from charforgex.videos import Output, upright, writing
+from charforgex.videos import upright
 
 FOLDER = "clip_cuts"
 VERSION = 1
