@@ -145,7 +145,7 @@ def make_module(setup: Setup, parts: Components, batches: Callable[[int], Iterab
     return DenoiserModule(
         family, denoiser, family.process(parts), objective, adapter_parameters(denoiser), LiveText(family, Components("none", "none")),
         make_optimizer=lambda trainable: build_optimizer(OptimizerSettings(lr=1e-4, weight_decay=0.01), trainable),
-        learning_rate=schedule("constant", 1), make_loader=lambda first, rank, world: StepLoader(batches(first), 1),
+        learning_rate=schedule("constant", 1), make_loader=lambda first: StepLoader(batches(first), 1),
     )  # fmt: skip
 
 

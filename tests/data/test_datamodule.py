@@ -134,14 +134,13 @@ def test_any_number_of_workers_and_any_first_step(prepared, workers):
     assert len({str(batch) for batch in wanted}) > 20
     other, family = prepared(num_workers=workers, **SETTINGS)
     assert family.loaded == []
-    assert [flat(batch) for batch in other.train_dataloader(0, 24)] == wanted
-    assert [flat(batch) for batch in other.train_dataloader(17, 7)] == wanted[17:]
+    assert [flat(batch) for batch in other.train_dataloader(range(24))] == wanted
+    assert [flat(batch) for batch in other.train_dataloader(range(17, 24))] == wanted[17:]
 
 
-def test_ranks_share_the_batches_of_one_process(prepared):
+def test_a_share_of_the_batches_is_those_of_one_process(prepared):
     data, _ = prepared(**SETTINGS)
-    assert [flat(data.batch(step, rank, 2)) for step in range(4) for rank in range(2)] == [flat(data.batch(step)) for step in range(8)]
-    assert [flat(b) for b in data.train_dataloader(1, 2, rank=1, world=2)] == [flat(data.batch(3)), flat(data.batch(5))]
+    assert [flat(batch) for batch in data.train_dataloader([3, 5])] == [flat(data.batch(3)), flat(data.batch(5))]
 
 
 def test_another_seed_is_another_order_and_renaming_is_not(folder, prepared):
@@ -160,7 +159,7 @@ def test_every_picture_equally_often(prepared):
         for key in data.batch(step).keys:
             counts[key] = counts.get(key, 0) + 1
     assert len(counts) == len(data.train) == 12 and set(counts.values()) == {2}
-    assert data.epoch_steps() == 6 and data.epoch_steps(world=4) == 2
+    assert data.epoch_batches() == 6
 
 
 def test_repeats_weigh_a_subfolder(folder, prepared, tmp_path):

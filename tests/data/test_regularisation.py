@@ -47,7 +47,7 @@ def test_regular_batches_have_their_weight_and_no_others_change(prepared, others
     own = [batch.keys for batch, is_regular in zip(batches, regular, strict=True) if not is_regular]
     assert own == [alone.batch(step).keys for step in range(8)]
     assert data.dataset_hash != alone.dataset_hash and len(data.val) == len(alone.val)
-    assert data.epoch_steps() == 10  # 6 of the character's are 10 of all
+    assert data.epoch_batches() == 10  # 6 of the character's are 10 of all
 
 
 def test_workers_change_nothing(prepared, others):
@@ -55,7 +55,7 @@ def test_workers_change_nothing(prepared, others):
     data, _ = prepared(**settings)
     wanted = [flat(data.batch(step)) for step in range(4, 10)]
     other, _ = prepared(num_workers=2, **settings)
-    assert [flat(batch) for batch in other.train_dataloader(4, 6)] == wanted
+    assert [flat(batch) for batch in other.train_dataloader(range(4, 10))] == wanted
 
 
 def test_captions_of_the_class(prepared, folder):

@@ -22,7 +22,7 @@ class Toy(StepModule):
         defaults = {
             "make_optimizer": lambda trainable: torch.optim.SGD(trainable.values(), lr=0.25), "learning_rate": lambda step: 1.0,
             "grad_clip": 0.0,
-            "make_loader": lambda first, rank, world: DataLoader(xs[first:], batch_size=None, collate_fn=list),
+            "make_loader": lambda first: DataLoader(xs[first:], batch_size=None, collate_fn=list),
         }  # fmt: skip
         super().__init__({"w": self_weight}, **(defaults | settings))
         self.w, self.bad = self_weight, bad

@@ -80,7 +80,7 @@ class Fitting(StepModule):
         super().__init__(
             self_parameters, lambda trainable: build_optimizer(settings, trainable, rate), schedule("constant", steps, 2), grad_clip=0.0,
             ema_decay=ema,
-            make_loader=lambda first, rank, world: DataLoader([[torch.ones(1)]] * (steps - first), batch_size=None, collate_fn=list),
+            make_loader=lambda first: DataLoader([[torch.ones(1)]] * (steps - first), batch_size=None, collate_fn=list),
         )  # fmt: skip
         self.down, self.up = self_parameters.values()
         self.goal = torch.randn(6, 8, generator=generator)

@@ -2,7 +2,7 @@
 
     data = ClipData("videos/", cache="cache/", resolution=256, frames=16, fps=8, seed=7)
     data.prepare(family, load_parts, weights={"vae": "...", "text": "..."}, pixel_multiple=64, latent_stride=8)
-    for batch in data.train_dataloader(first_step=0, steps=1000): ...    # latents (B, C, T, h, w)
+    for batch in data.train_dataloader(range(1000)): ...    # latents (B, C, T, h, w)
 
 A source is a folder of short videos, each cut into all the windows it holds, or the `clips.jsonl` of curated clips. A video's windows stay
 on one side of the split; only of one or two videos, which leave none to hold out, some windows are.

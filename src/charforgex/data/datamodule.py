@@ -2,7 +2,7 @@
 
     data = CharacterData("pictures/", cache="cache/", resolution=1024, trigger="zkx", batch_size=2, seed=7)
     data.prepare(family, load_parts, weights={"vae": "...", "text": "..."}, pixel_multiple=32, latent_stride=8)
-    for batch in data.train_dataloader(first_step=0, steps=1000): ...
+    for batch in data.train_dataloader(range(1000)): ...
 
 The constructor only reads and checks, and is done before any model is loaded. Batch number k depends on the settings, the seed
 and k alone: not on the number of workers, nor on where a run was interrupted.
@@ -279,11 +279,11 @@ class CharacterData(PreparedData):
             row["weight"] = self.regularisation.weight
         return row
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        batch = super().batch(step, rank, world)
+    def batch(self, number: int) -> Batch:
+        batch = super().batch(number)
         if self.class_word is None or batch.weight_B is not None:  # what has a weight is not the character's
             return batch
-        return replace(batch, prior=self._prior(tuple(self._class_text(one.caption) for one in self._draw(step * world + rank))))
+        return replace(batch, prior=self._prior(tuple(self._class_text(one.caption) for one in self._draw(number))))
 
     def _prior(self, texts: tuple[str, ...]) -> Prior:
         encoded = self.encoded(texts)
@@ -306,8 +306,8 @@ class CharacterData(PreparedData):
             return own
         return hashlib.sha256(f"{own}/{self._regular_manifest.content_hash()}".encode()).hexdigest()
 
-    def epoch_steps(self, world: int = 1) -> int:
-        """Steps in which every picture of the character is seen once, rounded up."""
+    def epoch_batches(self) -> int:
+        """In so many every picture of the character is seen once, rounded up."""
         assert self._prepared, "prepare() comes first"
         share = 1 - self.regularisation.share if self.regular else 1
-        return math.ceil(self._own.cycle_length / (self.batch_size * world * share))
+        return math.ceil(self._own.cycle_length / (self.batch_size * share))

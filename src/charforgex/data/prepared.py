@@ -152,10 +152,9 @@ class PreparedData(ABC):
             weight_B=torch.tensor([row["weight"] for row in rows]) if "weight" in rows[0] else None,
         )
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The batch of a step on one of `world` processes: a function of settings, seed, step and rank. Raises DataError if the
-        cache has lost what it needs."""
-        return self._collate([self._row(one) for one in self._draw(step * world + rank)])
+    def batch(self, number: int) -> Batch:
+        """A function of settings, seed and number. Raises DataError if the cache has lost what it needs."""
+        return self._collate([self._row(one) for one in self._draw(number)])
 
     def text(self, text: str) -> Text:
         """An encoded caption or prompt, batch size 1. Only what `prepare` was given or met can be had."""
@@ -166,10 +165,10 @@ class PreparedData(ABC):
         """`text` of several, as one."""
         return Text.stack([self.text(text) for text in texts])
 
-    def train_dataloader(self, first_step: int, steps: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """`steps` batches from `first_step` on, in order. The same with any number of workers."""
+    def train_dataloader(self, numbers: Sequence[int]) -> DataLoader:
+        """The batches of these numbers, in order. The same with any number of workers."""
         return DataLoader(
-            _Steps(self, first_step, steps, rank, world), batch_size=None, num_workers=self.num_workers,
+            _Numbered(self, numbers), batch_size=None, num_workers=self.num_workers,
             collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_trainer,
         )  # fmt: skip
 
@@ -203,10 +202,10 @@ class PreparedData(ABC):
         """The captions of the first `count` training samples, as they go to the encoder; "" where one is dropped."""
         return [drawn.text for number in range(count) for drawn in self._draw(number)][:count]
 
-    def epoch_steps(self, world: int = 1) -> int:
-        """Steps in which every item is seen once, rounded up."""
+    def epoch_batches(self) -> int:
+        """In so many every item is seen once, rounded up."""
         assert self._prepared, "prepare() comes first"
-        return math.ceil(self._order.cycle_length / (self.batch_size * world))
+        return math.ceil(self._order.cycle_length / self.batch_size)
 
 
 def geometry(cut: Cut) -> Mapping[str, object]:
@@ -220,19 +219,17 @@ def _is_posterior(entry: Entry, grid: tuple[int, ...]) -> bool:
     )
 
 
-class _Steps(Dataset):
-    """The batches of a stretch of steps, by their place in it."""
+class _Numbered(Dataset):
+    """Batches by their place among the numbers that are asked for."""
 
-    def __init__(self, data: PreparedData, first: int, steps: int, rank: int, world: int):
-        self.data, self.first, self.steps, self.rank, self.world = data, first, steps, rank, world
+    def __init__(self, data: PreparedData, numbers: Sequence[int]):
+        self.data, self.numbers = data, numbers
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.numbers)
 
     def __getitem__(self, place: int) -> Batch:
-        if not 0 <= place < self.steps:
-            raise IndexError(place)
-        return self.data.batch(self.first + place, self.rank, self.world)
+        return self.data.batch(self.numbers[place])
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -56,7 +56,7 @@ from charforgex.training.job import (
 from charforgex.training.knowing import Knowing, Scores, as_metrics, plain
 from charforgex.training.live import LiveText, adapt, learn_tokens, word_and_start
 from charforgex.training.logs import StepLog, read_log
-from charforgex.training.loop import StepLoader, fit
+from charforgex.training.loop import StepLoader, fit, step_loader
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
 from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
@@ -235,15 +235,15 @@ def make_module(
         """Not what is no change at zero: magnitudes, tokens, and factors that begin with the base's own directions."""
         return s.lora.init == "zero" and not name.endswith((".magnitude", ".tokens"))
 
-    def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
-        micro = s.trainer.accumulate
-        return StepLoader(data.train_dataloader(first_step * micro, (s.trainer.steps - first_step) * micro, rank, world), micro)
+    def make_loader(first_step: int) -> StepLoader:
+        return step_loader(data, first_step, s.trainer, job.processes)
 
     return DenoiserModule(
         family, parts.denoiser, family.process(parts), objective, adapter_parameters(parts.denoiser) | encoders, live,
         make_optimizer=lambda trainable: build_optimizer(s.optimizer, trainable, rate, decays),
         learning_rate=schedule(s.optimizer.schedule, s.trainer.steps, s.optimizer.warmup),
         seed=job.cfg.seed, grad_clip=s.optimizer.grad_clip, ema_decay=s.trainer.ema, make_loader=make_loader,
+        processes=job.processes,
     )  # fmt: skip
 
 

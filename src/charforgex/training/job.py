@@ -22,6 +22,7 @@ from charforgex.training.checkpoints import load_last_good
 from charforgex.training.losses import Objective
 from charforgex.training.module import StepModule
 from charforgex.training.run import Clock, Settings
+from charforgex.training.processes import ALONE, Processes
 from charforgex.types import Components
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +39,7 @@ class Job:
     console: Console
     clock: Clock
 
+    processes: Processes = ALONE
 
 # ---- before the first step ----
 

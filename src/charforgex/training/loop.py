@@ -8,14 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from charforgex.data.prepared import PreparedData
 from charforgex.errors import TrainingError
 from charforgex.lora.checkpoints import folder_name
 from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good
 from charforgex.training.logs import StepLog
 from charforgex.training.module import MAX_SKIPPED, NotFinite, StepModule
+from charforgex.training.processes import Processes
 from charforgex.training.settings import TrainerSettings
 from charforgex.training.steering import Asked, ProgressLine, Steering
 
@@ -44,8 +48,10 @@ def fit(
                 folder, settings.steps, settings.checkpoint_every, measure_every, settings.keep, measure, keep_always, progress, asked
             )
             trainer = build_trainer(settings, loggers, steering)
-            if module.step == 0 and trainer.is_global_zero:  # so that there is always something to roll back to
-                SafeCheckpointIO().save_checkpoint(module.checkpoint(), folder / folder_name(0))
+            if module.step == 0:  # so that there is always something to roll back to
+                if module.processes.is_first:
+                    SafeCheckpointIO().save_checkpoint(module.checkpoint(), folder / folder_name(0))
+                module.processes.wait()
             try:
                 trainer.fit(module)
                 return asked.signal
@@ -67,17 +73,34 @@ def fit(
 
 
 def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbacks: L.Callback) -> L.Trainer:
-    """A quiet Trainer: progress, checkpoints and logs are ours."""
+    """A quiet Trainer of one device: progress, checkpoints and logs are ours, and so is what several devices tell each other.
+
+    Lightning's own strategies wrap the module so that gradients are summed in every backward pass, of which a step has many here. Named the
+    environment, it does not look for other processes, or jobs to queue again, in what torchrun and Slurm say.
+    """
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")  # the frozen base is
     return L.Trainer(
-        accelerator=settings.accelerator, devices=1,
-        max_epochs=1, logger=list(loggers), callbacks=list(callbacks), plugins=[SafeCheckpointIO()], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, use_distributed_sampler=False,
+        accelerator=settings.accelerator, devices=one_device(settings.accelerator),
+        max_epochs=1, logger=list(loggers), callbacks=list(callbacks), plugins=[SafeCheckpointIO(), LightningEnvironment()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        log_every_n_steps=1, use_distributed_sampler=False,
     )  # fmt: skip
+
+
+def one_device(accelerator: str) -> list[int] | int:
+    """For Lightning: of several GPUs the one that is this process's."""
+    return [torch.cuda.current_device()] if accelerator in ("auto", "gpu") and torch.cuda.is_available() else 1
+
+
+def step_loader(data: PreparedData, first_step: int, settings: TrainerSettings, processes: Processes) -> StepLoader:
+    """The steps from `first_step` on, each this process's share of its micro-batches, which are numbered through all steps."""
+    share = processes.share(settings.accumulate)
+    numbers = [step * settings.accumulate + place for step in range(first_step, settings.steps) for place in share]
+    return StepLoader(data.train_dataloader(numbers), len(share))
 
 
 class StepLoader:

@@ -1,8 +1,8 @@
 """One training step for everything that learns: an adapter, or in pre-training a whole network.
 
-A step is `accumulate` micro-batches. Every draw in it is a function of (seed, step, rank, micro-batch, attempt), and what a checkpoint
-holds (weights, EMA, optimizer, step) is all the state there is: a run that is killed and resumed is bit-identical to one that
-was not.
+A step is `accumulate` micro-batches, which all processes share. Every draw in it is a function of (seed, step, micro-batch, attempt), and
+what a checkpoint holds (weights, EMA, optimizer, step) is all the state there is: a run that is killed and resumed is bit-identical to one
+that was not, and a run on several devices takes the steps of a run on one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from charforgex.families.process import Process
 from charforgex.lora.inject import leaving_casts_to_autocast
 from charforgex.training.live import LiveText
 from charforgex.training.losses import Objective
+from charforgex.training.processes import ALONE, Processes
 from charforgex.types import Batch
 
 MAX_SKIPPED = 5  # non-finite steps in a row before rolling back
@@ -41,8 +42,8 @@ class StepModule(L.LightningModule):
 
     make_optimizer(trainable) -> optimizer, or several by name, each for parameters of its own, whose gradients are clipped for themselves;
     learning_rate(step) -> factor on every group's initial rate;
-    make_loader(first_step, rank, world) -> iterable of steps, each a list of micro-batches. `attempt` counts roll-backs and
-    gives the steps after one other draws than those that failed.
+    make_loader(first_step) -> iterable of steps, each a list of this process's micro-batches, which are `processes.share` of the step's.
+    `attempt` counts roll-backs and gives the steps after one other draws than those that failed.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StepModule(L.LightningModule):
         ema_decay: float = 0.0,
         attempt: int = 0,
         make_loader: Callable | None = None,
+        processes: Processes = ALONE,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -69,12 +71,12 @@ class StepModule(L.LightningModule):
         self.ema = {name: p.detach().clone() for name, p in trainable.items()} if ema_decay else {}
         self.step = 0  # optimizer steps drawn so far, skipped ones included
         self.skipped = 0  # non-finite steps in a row
-        self.attempt, self.make_loader = attempt, make_loader
+        self.attempt, self.make_loader, self.processes = attempt, make_loader, processes
         self.numbers: dict[str, float] = {}
 
     def train_dataloader(self):
-        """Lists of `accumulate` micro-batches from this step on; asked for once the processes know their ranks."""
-        return self.make_loader(self.step, self.trainer.global_rank, self.trainer.world_size)
+        """This process's lists of micro-batches from this step on."""
+        return self.make_loader(self.step)
 
     def configure_optimizers(self):
         return list(self.solvers.values())
@@ -97,16 +99,17 @@ class StepModule(L.LightningModule):
     def training_step(self, batch: list, _) -> None:
         for group, rate in zip(self._groups(), self.initial_rates, strict=True):
             group["lr"] = rate * self.learning_rate(self.step)
-        count = sum(self.size(micro) for micro in batch)
+        count = sum(self.processes.gather(sum(self.size(micro) for micro in batch)))
         totals = {"loss": torch.zeros((), device=self.device)}
-        for number, micro in enumerate(batch):
-            key = (self.seed, self.step, self.global_rank, number, self.attempt)
+        for number, micro in enumerate(batch, start=self.processes.rank * len(batch)):
+            key = (self.seed, self.step, 0, number, self.attempt)  # 0: where keys have always had a number that nothing needs any more
             for name, losses in self.parts(micro, key):
                 loss = losses.sum() / count
                 self.manual_backward(loss)
                 totals["loss"] = totals["loss"] + loss.detach()
                 if name:
                     totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0) + loss.detach()
+        totals = self._of_all(totals)
         norms = {_told("grad_norm", name): self._clip(solver) for name, solver in self.solvers.items()}
         seen = [*totals.values(), *(norm.to(totals["loss"]) for norm in norms.values())]
         values = dict(zip([*totals, *norms], torch.stack(seen).tolist(), strict=True))  # the step's one wait for the device
@@ -129,6 +132,21 @@ class StepModule(L.LightningModule):
         if self.skipped >= MAX_SKIPPED:
             told = ", ".join(f"{name} {value}" for name, value in values.items())
             raise NotFinite(f"{told} in {self.skipped} steps up to step {self.step}")
+
+    def _of_all(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes: of `totals`, which are returned, and of the gradients, where any process has one."""
+        if self.processes.count == 1:
+            return totals
+        here = [list(totals), [p.grad is not None for p in self.trainable.values()]]
+        found = self.processes.gather(here)
+        names = list(dict.fromkeys(name for others, _ in found for name in others))
+        learning = [p for p, *has in zip(self.trainable.values(), *(has for _, has in found), strict=True) if any(has)]
+        zero = torch.zeros((), device=self.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+        sums = self.processes.add([*(totals.get(name, zero) for name in names), *gradients])
+        for parameter, gradient in zip(learning, sums[len(names) :], strict=True):
+            parameter.grad = gradient
+        return dict(zip(names, sums, strict=False))
 
     def _clip(self, solver: torch.optim.Optimizer) -> Tensor:
         """The norm of the gradients of this optimizer's parameters, as it was before they were scaled down to `grad_clip`."""

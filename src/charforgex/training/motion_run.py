@@ -52,7 +52,7 @@ from charforgex.training.job import (
     with_trigger,
 )  # fmt: skip
 from charforgex.training.logs import StepLog, read_log
-from charforgex.training.loop import StepLoader, fit
+from charforgex.training.loop import StepLoader, fit, step_loader
 from charforgex.training.losses import Objective
 from charforgex.training.motion_knowing import PROMPTS, MotionKnowing, MotionScores, as_metrics, plain
 from charforgex.training.motion_module import MotionLoraModule
@@ -194,14 +194,14 @@ def make_module(
             for path, own in (("temporal", learning.temporal), ("spatial", learning.spatial)) if own
         }  # fmt: skip
 
-    def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
-        micro = s.trainer.accumulate
-        return StepLoader(data.train_dataloader(first_step * micro, (s.trainer.steps - first_step) * micro, rank, world), micro)
+    def make_loader(first_step: int) -> StepLoader:
+        return step_loader(data, first_step, s.trainer, job.processes)
 
     return MotionLoraModule(
         family, parts.denoiser, family.process(parts), objective, learning.temporal, learning.spatial, motion.masked, motion.dropout,
         motion.debias, make_optimizer=make_optimizer, learning_rate=schedule(s.optimizer.schedule, s.trainer.steps, s.optimizer.warmup),
         seed=job.cfg.seed, grad_clip=s.optimizer.grad_clip, ema_decay=s.trainer.ema, make_loader=make_loader,
+        processes=job.processes,
     )  # fmt: skip
 
 

@@ -213,9 +213,9 @@ def build_module(options: PretrainSettings, start: Path | None, cfg: DictConfig,
     torch.manual_seed(cfg.seed)  # the initial weights
     o, t = settings.optimizer, settings.trainer
 
-    def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
-        first, count = first_step * t.accumulate * world, (t.steps - first_step) * t.accumulate
-        draws = Draws(bank, options.batch_size, module.batch, cfg.seed + rank, first, count)
+    def make_loader(first_step: int) -> StepLoader:
+        first, count = first_step * t.accumulate, (t.steps - first_step) * t.accumulate
+        draws = Draws(bank, options.batch_size, module.batch, cfg.seed, first, count)
         return StepLoader(DataLoader(draws, batch_size=None, collate_fn=lambda batch: batch), t.accumulate)
 
     common = {

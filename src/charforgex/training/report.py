@@ -107,7 +107,7 @@ def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] =
     compiled block's graphs, and so its bits, depend on which sizes it saw first.
     """
     device = next(iter(module.trainable.values())).device
-    batch = [micro.to(device) for micro in next(iter(module.make_loader(0, 0, 1)))]
+    batch = [micro.to(device) for micro in next(iter(module.make_loader(0)))]
     with module.casting():
         for grid in grids:
             module.losses(resized(batch[0], grid), ("trial",)).mean().backward()

@@ -98,13 +98,11 @@ class Steering(L.Callback):
         numbers = module.numbers
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
-        if trainer.is_global_zero:
-            self.progress.update(step, numbers["loss"])
+        self.progress.update(step, numbers["loss"])
         measured = step % self.measure_every == 0 or last
         if measured:
-            if trainer.is_global_zero:
-                self.measure(step)
-            trainer.strategy.barrier()
+            self.measure(step)
+        self.asked.signal = max(filter(None, module.processes.gather(self.asked.signal)), default=None)
         stop = self.asked.signal is not None
         due = step % self.checkpoint_every == 0 and not module.skipped  # a roll-back goes to before the trouble
         if due or measured or stop or last:
@@ -116,7 +114,7 @@ class Steering(L.Callback):
         module.check_finite()
         for logger in trainer.loggers:
             logger.save()
-        if trainer.is_global_zero:
+        if module.processes.is_first:
             trainer.strategy.checkpoint_io.save_checkpoint(module.checkpoint(), self.folder / folder_name(module.step))
             prune(self.folder, self.keep, self.keep_always())
-        trainer.strategy.barrier()
+        module.processes.wait()

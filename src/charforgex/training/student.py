@@ -190,7 +190,7 @@ def make_module(
         """The factor's size, to a power of two, so that many share a group."""
         return 2.0 ** round(math.log2(sizes[name]))
 
-    def make_loader(first_step: int, rank: int, world: int) -> StepLoader:
+    def make_loader(first_step: int) -> StepLoader:
         return StepLoader(Steps(lesson, range(first_step, settings.steps)), 1)
 
     optimizer = OptimizerSettings(lr=settings.lr, weight_decay=0.0)
