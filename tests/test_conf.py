@@ -28,7 +28,7 @@ def filled(name, overrides):
 
 
 CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
-CHOSEN_BY |= {"sweep": "+sweep", "adapter": "adapter@lora", "curation": "curation", "motion": "motion"}
+CHOSEN_BY |= {"sweeps": "+sweeps", "adapter": "adapter@lora", "curation": "curation", "motion": "motion"}
 MOTION = ("family=animatediff", "family=animatediff_v3", "data=clips", "evaluation=motion", "motion=default")
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
 WITH |= {chosen: ["experiment=animatediff_motion"] for chosen in MOTION}
@@ -62,7 +62,7 @@ def test_each_yaml_says_what_it_is_for():
     """The first line, or the one after the package header, is a comment: the command that uses the file or what it chooses."""
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
         lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
-        if path.parent.name in ("conf", "experiment", "debug", "sweep"):
+        if path.parent.name in ("conf", "experiment", "debug", "sweeps"):
             opening = ("# python ", "# charforgex ")
             assert lines[0].startswith(opening), f"{path.relative_to(ROOT)} does not open with the command that uses it"
 

@@ -24,6 +24,7 @@ ALLOWED = {
     "toolbox": {"families", "lora", "evaluation"},
     "merging": {"families", "lora", "toolbox"},
     "evaluation": {"generation", "families", "lora", "curation", "charworld", "embedders"},
+    "sweeping": {"training", "evaluation"},
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")
 LIGHT = ["charforgex", *(f"charforgex.{name}" for name in ("cli", "config", "binding", "overrides", "runs", "errors", "draws"))]

@@ -28,11 +28,11 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_code_conf_sweeps_and_the_embedded_models(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"charforgex/{name}" for name in files_below("conf") | files_below("sweeps")}
-    wanted |= {name.removeprefix("src/") for name in files_below("src/charforgex")}
+    wanted |= {name.removeprefix("src/") for name in files_below("src")}
     assert wanted <= names, sorted(wanted - names)
     assert any(name.startswith("charforgex/charworld/assets/") and name.endswith(".safetensors") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"charforgex"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"charforgex", "hydra_plugins"}
 
 
 @pytest.mark.parametrize("command", ["train", "generate"])

@@ -27,7 +27,7 @@ PACKAGES = ["charforgex", "torch", "numpy", "pillow", "lightning", "diffusers", 
 PACKAGES += ["hydra-core", "omegaconf"]
 EXIT_OK, EXIT_ERROR = 0, 2  # 2: something the user can mend, said in one line
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # Ctrl-C and SIGTERM, after what was done is saved: the same command goes on from there
-LOCATIONS = ("run_dir", "runs_dir", "cache_dir", "resume", "fresh", "hydra")  # top-level keys that say where and how to begin, not what
+LOCATIONS = ("run_dir", "runs_dir", "cache_dir", "resume", "fresh", "trial", "hydra")  # keys that say where and for whom, not what
 
 
 # ---- atomic writes ----

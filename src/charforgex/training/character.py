@@ -34,7 +34,7 @@ from charforgex.lora.lycoris import WRITABLE
 from charforgex.lora.metadata import build
 from charforgex.lora.writing import save_verified
 from charforgex.quiet import quiet
-from charforgex.training import report
+from charforgex.training import report, trial
 from charforgex.training.blocks import check_compiler, checkpoint_blocks, compile_blocks, first_grids
 from charforgex.training.curves import draw_curves
 from charforgex.training.job import (
@@ -319,6 +319,8 @@ class Measuring:
             f"prompt-following {scores.prompt_following:.2f} (base {self.anchors.prompt_following:.2f}), "
             f"validation {scores.validation:.4f} (base {self.anchors.validation:.4f})", highlight=False,
         )  # fmt: skip
+        settings, numbers = self.job.settings, {**plain(scores), "value": self.anchors.value(scores)}
+        trial.report(settings.trial, step, settings.trainer.steps, numbers)
 
 
 def other_pictures(source: str | None, data: CharacterData) -> list:

@@ -33,7 +33,7 @@ from charforgex.lora.state import Lora
 from charforgex.lora.targets import chosen
 from charforgex.lora.writing import write
 from charforgex.quiet import quiet
-from charforgex.training import report
+from charforgex.training import report, trial
 from charforgex.training.blocks import checkpoint_blocks
 from charforgex.training.curves import draw_motion_curves
 from charforgex.training.job import (
@@ -290,6 +290,8 @@ class Measuring:
         self.job.console.print(
             f"step {step}: validation {scores.validation:.4f} (base {self.base.validation:.4f}), {told}", highlight=False
         )
+        settings, numbers = self.job.settings, {"value": self.value(scores), "validation": scores.validation}
+        trial.report(settings.trial, step, settings.trainer.steps, numbers)
 
 
 # ---- after the last step ----

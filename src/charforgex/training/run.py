@@ -26,6 +26,7 @@ from charforgex.training.settings import (
     TextEncoderSettings,
     TrainerSettings,
 )
+from charforgex.training.trial import TrialSettings, as_trial
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,6 +43,7 @@ class Settings:
     evaluation: EvaluationSettings | MotionEvaluationSettings
     sampling: SamplingSettings
     motion: MotionSettings | None = None  # None: a character is trained
+    trial: TrialSettings | None = None  # None: no sweep asks
 
 
 def check(cfg: DictConfig) -> Settings:
@@ -60,6 +62,7 @@ def check(cfg: DictConfig) -> Settings:
         evaluation=bind(MotionEvaluationSettings if of_motion else EvaluationSettings, cfg.evaluation, "evaluation"),
         sampling=bind(SamplingSettings, cfg.sampling, "sampling").filled(family.recipe),
         motion=bind(MotionSettings, cfg.motion, "motion") if of_motion else None,
+        trial=bind(TrialSettings, cfg.trial, "trial") if cfg.get("trial") is not None else None,
     )
     if not of_motion and not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
@@ -169,9 +172,10 @@ def data_options(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger", "class_word")}
 
 
-def train(cfg: DictConfig) -> float:
-    """Runs the training that `cfg` describes. Returns the value of the best checkpoint, which is what a sweep maximises."""
-    return run(cfg)["value"]
+def train(cfg: DictConfig) -> float | dict[str, Any]:
+    """Runs the training that `cfg` describes. Returns the value of the best checkpoint, which is what a sweep maximises; a trial of a study
+    returns its outcome."""
+    return run(cfg)["value"] if cfg.get("trial") is None else as_trial(cfg, run)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -194,14 +198,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def resumed(run_dir: Path) -> DictConfig:
-    """The config that a run folder was made with."""
+    """The config that a run folder was made with. A trial that is resumed by hand trains to its end, whatever its sweep thinks of it."""
     from omegaconf import OmegaConf
 
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume={run_dir} is not a run folder: it has no config.yaml.")
     cfg = OmegaConf.load(path)
-    cfg.run_dir, cfg.fresh = str(run_dir), False
+    cfg.run_dir, cfg.fresh, cfg.trial = str(run_dir), False, None
     return cfg
 
 
