@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from charforgex.families.folders import Folder
     from charforgex.families.originals import Spelling
+    from charforgex.families.quantized import Packing
     from charforgex.families.single_file import Checkpoint
     from charforgex.families.sources import Source
 
@@ -73,19 +74,21 @@ class Family(ABC):
         """What `Components.config` must hold even when the part is not loaded, from the denoiser's and VAE's configs."""
 
     def load(
-        self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None
-    ) -> Components:
+        self, source: str, only: Sequence[str] = ALL, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: str | None = None,
+        packing: Packing | None = None,
+    ) -> Components:  # fmt: skip
         """Load from a diffusers folder, a hub id, a `.safetensors` or `.gguf` file; `charworld` is the embedded base, `tiny` is `tiny()`.
 
         `source` may name several with a plus between: the first that has a part gives it (docs/checkpoints.md). The scheduler always
         comes along. With nothing in `only` all parts are looked for, and none loaded. Networks are in eval mode and need no gradients.
         In float16, a VAE that overflows is loaded in float32 and T5 in bfloat16. `tokenizer` is a folder for single files, which hold
-        no tokenizers of their own. Raises ModelError if the source is missing, unreadable, of another family, or incomplete.
+        no tokenizers of their own. `packing` is how the denoiser's linear layers are held in fewer bits.
+        Raises ModelError if the source is missing, unreadable, of another family, or incomplete.
         """
         from charforgex.families.loading import load_components
 
         names = [name for group in only for name in self.components[group]]
-        return load_components(self, source, names, dtype, device, tokenizer)
+        return load_components(self, source, names, dtype, device, tokenizer, packing)
 
     @abstractmethod
     def tiny(self, seed: int = 0) -> Components:

@@ -13,6 +13,7 @@ import torch
 
 from charforgex.errors import ModelError
 from charforgex.families.folders import Folder
+from charforgex.families.quantized import Packing, load_packed, pack_network
 from charforgex.families.single_file import Checkpoint
 from charforgex.families.sources import addresses, resolve
 from charforgex.families.tokenizers import find_tokenizers, load_tokenizer
@@ -114,8 +115,9 @@ class Base:
 
 
 def load_components(
-    family: Family, source: str, names: Sequence[str], dtype: torch.dtype, device: str = "cpu", tokenizer: str | None = None
-) -> Components:
+    family: Family, source: str, names: Sequence[str], dtype: torch.dtype, device: str = "cpu", tokenizer: str | None = None,
+    packing: Packing | None = None,
+) -> Components:  # fmt: skip
     """The named components and the scheduler. Without names, everything is looked for and nothing else loaded. See `Family.load`."""
     if str(source) == TINY:
         parts = family.tiny()
@@ -123,6 +125,8 @@ def load_components(
         for name, network in parts.networks().items():
             config = network.config
             network.to(safe_dtype(name, config if isinstance(config, Mapping) else config.to_dict(), dtype))
+        if packing is not None and family.denoiser_name in parts:
+            pack_network(family, parts.denoiser, packing.kind, device)
         return finish(parts, device)
     base = Base(family, source, names, tokenizer)
     base.check(names or [name for group in family.components.values() for name in group])
@@ -136,7 +140,12 @@ def load_components(
     parts = Components(base.source, family.denoiser_name, modules, base.facts())
     family.process(parts)  # raises now if the scheduler is one that training cannot follow
     for name in names:
-        if not name.startswith("tokenizer") and not base.is_absent(name):
+        if name.startswith("tokenizer") or base.is_absent(name):
+            continue
+        if packing is not None and name == family.denoiser_name:
+            digest = weights_hash(family, source, "denoiser", tokenizer)
+            modules[name] = load_packed(family, base, packing, dtype, device, digest)
+        else:
             modules[name] = base.givers[name].load(name, safe_dtype(name, base.config(name), dtype))
     _check_vocabulary(parts)
     return finish(parts, device)

@@ -44,7 +44,7 @@ class PackedLinear(nn.Linear):
     def weight(self) -> Tensor:
         return self.unpack(*(getattr(self, name) for name in self.stored), dtype=self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # it would cast an unpacked weight once more
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Unpacking.apply(x, self.bias, self.unpack, *(getattr(self, name) for name in self.stored))
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it, which diffusers says
+        if torch.is_autocast_enabled(input.device.type):  # it would cast an unpacked weight once more
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return _Unpacking.apply(input, self.bias, self.unpack, *(getattr(self, name) for name in self.stored))

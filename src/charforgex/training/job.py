@@ -17,6 +17,7 @@ from charforgex.data.prepared import LoadParts, PreparedData
 from charforgex.errors import ConfigError
 from charforgex.families.base import Family
 from charforgex.families.loading import weights_hash
+from charforgex.families.quantized import Packing, check_packing
 from charforgex.generation.sampling import check_sampling
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.losses import Objective
@@ -72,7 +73,7 @@ def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
     """A function that loads groups of the base ("denoiser", "vae", "text") when they are needed, and always the scheduler."""
 
     def load_parts(groups: Sequence[str]) -> Components:
-        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer)
+        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer, packing=packing)
 
     return load_parts
 
@@ -91,6 +92,9 @@ def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
     """What identifies the encoders to the caches; nothing is loaded for it."""
     return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
 
+    kind = cfg.trainer.get("quantize")  # not among the settings of older runs
+    packing = Packing(kind, Path(cfg.cache_dir)) if kind else None
+
 
 def check_resolution(family: Family, source: str, trained_at: int, resolutions: Sequence[int]) -> None:
     """Raises ConfigError for pictures of an eighth of the base's own size or less: an embedded base's numbers for a published one."""
@@ -100,6 +104,7 @@ def check_resolution(family: Family, source: str, trained_at: int, resolutions: 
     fitting = [
         f"family={name}" for name, config in configs.items() if config.name == family.name and 8 * config.recipe.resolution > trained_at
     ]
+    check_packing(job.settings.trainer.quantize, device)
     raise ConfigError(
         f"data.resolution={max(resolutions)} is far below the {trained_at} px of {source}: these are the numbers of a smaller base. "
         f"Use {' or '.join([*fitting, f'data.resolution={trained_at}'])}, with family.source={source}."

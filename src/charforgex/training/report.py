@@ -16,6 +16,7 @@ from charforgex.data.prepared import PreparedData
 from charforgex.families.base import Family
 from charforgex.families.process import Process
 from charforgex.lora.targets import each
+from charforgex.families.quantized import packed_by
 from charforgex.training.blocks import resized
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
@@ -46,6 +47,7 @@ def objective_lines(
     weighting += "" if weighting == "none" else f": {weights.min():.3f} to {weights.max():.3f}"
     guidance = f", guidance vector {family.training_guidance:g}" if family.is_distilled(parts) else ""
     return [
+    packed = f", linear layers in {kind}" if (kind := packed_by(parts.denoiser)) else ""
         ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}".replace("torch.", "")),
         ("target", process.describe() + guidance),
         ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),

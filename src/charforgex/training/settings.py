@@ -115,6 +115,7 @@ class TrainerSettings:
     ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
     checkpoint_every: Positive = 100
     keep: Positive = 2
+    quantize: Literal["int8", "fp8", "nf4"] | None = None  # how the frozen base's linear layers are held
 
 
 @dataclass(frozen=True)
