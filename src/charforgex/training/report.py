@@ -48,7 +48,8 @@ def objective_lines(
     guidance = f", guidance vector {family.training_guidance:g}" if family.is_distilled(parts) else ""
     return [
     packed = f", linear layers in {kind}" if (kind := packed_by(parts.denoiser)) else ""
-        ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}".replace("torch.", "")),
+    return [
+        ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}{packed}".replace("torch.", "")),
         ("target", process.describe() + guidance),
         ("loss", f"{loss}, weighting {weighting}" + (f", noise offset {objective.noise_offset:g}" if objective.noise_offset else "")),
         ("noise levels", f"t = 0 clean {histogram(times)} t = 1 noise, {objective.timesteps}{shifted}"),
