@@ -72,6 +72,9 @@ def choose_device(accelerator: str) -> str:
 def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
     """A function that loads groups of the base ("denoiser", "vae", "text") when they are needed, and always the scheduler."""
 
+    kind = cfg.trainer.get("quantize")  # not among the settings of older runs
+    packing = Packing(kind, Path(cfg.cache_dir)) if kind else None
+
     def load_parts(groups: Sequence[str]) -> Components:
         return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer, packing=packing)
 
@@ -81,6 +84,7 @@ def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
 def open_base(job: Job, family: Family, device: str) -> tuple[LoadParts, Components, Objective]:
     """What loads the base, what its configs and its scheduler tell, and the objective. Raises ConfigError for one that does not fit it."""
     objective = bind(Objective, job.cfg.loss, "loss")
+    check_packing(job.settings.trainer.quantize, device)
     load_parts = loader(job.cfg, family, device)
     base = load_parts([])
     objective.check(family.process(base))
@@ -92,9 +96,6 @@ def encoder_hashes(cfg: DictConfig, family: Family) -> dict[str, str]:
     """What identifies the encoders to the caches; nothing is loaded for it."""
     return {group: weights_hash(family, cfg.family.source, group, cfg.family.tokenizer) for group in ("vae", "text")}
 
-    kind = cfg.trainer.get("quantize")  # not among the settings of older runs
-    packing = Packing(kind, Path(cfg.cache_dir)) if kind else None
-
 
 def check_resolution(family: Family, source: str, trained_at: int, resolutions: Sequence[int]) -> None:
     """Raises ConfigError for pictures of an eighth of the base's own size or less: an embedded base's numbers for a published one."""
@@ -104,7 +105,6 @@ def check_resolution(family: Family, source: str, trained_at: int, resolutions: 
     fitting = [
         f"family={name}" for name, config in configs.items() if config.name == family.name and 8 * config.recipe.resolution > trained_at
     ]
-    check_packing(job.settings.trainer.quantize, device)
     raise ConfigError(
         f"data.resolution={max(resolutions)} is far below the {trained_at} px of {source}: these are the numbers of a smaller base. "
         f"Use {' or '.join([*fitting, f'data.resolution={trained_at}'])}, with family.source={source}."

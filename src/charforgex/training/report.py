@@ -15,8 +15,8 @@ from rich.table import Table
 from charforgex.data.prepared import PreparedData
 from charforgex.families.base import Family
 from charforgex.families.process import Process
-from charforgex.lora.targets import each
 from charforgex.families.quantized import packed_by
+from charforgex.lora.targets import each
 from charforgex.training.blocks import resized
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
@@ -46,7 +46,6 @@ def objective_lines(
     weighting = f"min-SNR {objective.min_snr_gamma:g}" if objective.weighting == "min_snr" else objective.weighting
     weighting += "" if weighting == "none" else f": {weights.min():.3f} to {weights.max():.3f}"
     guidance = f", guidance vector {family.training_guidance:g}" if family.is_distilled(parts) else ""
-    return [
     packed = f", linear layers in {kind}" if (kind := packed_by(parts.denoiser)) else ""
     return [
         ("base", f"{family.name} from {parts.source}, {next(parts.denoiser.parameters()).dtype}{packed}".replace("torch.", "")),

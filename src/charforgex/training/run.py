@@ -140,6 +140,10 @@ def refuse_for_motion(cfg: DictConfig, settings: Settings) -> None:
     for name, value in asked.items():
         if value:
             raise ConfigError(f"{name}={value} has no effect with motion; leave it out.")
+    if motion.train == "module" and (kind := settings.trainer.quantize):
+        raise ConfigError(
+            f"trainer.quantize={kind} holds weights as they are, and motion.train=module changes them; leave one of them out."
+        )
     if lora.kind != "lora":
         raise ConfigError(f"lora.kind={lora.kind}: files of motion LoRAs hold products of two factors alone; set lora.kind=lora.")
     if lora.init == "pissa" and motion.spatial and motion.dropout:
@@ -148,10 +152,6 @@ def refuse_for_motion(cfg: DictConfig, settings: Settings) -> None:
         )
     if motion.spatial and motion.spatial_lr is None and recipe.get("spatial_lr") is None:
         raise ConfigError("motion.spatial_lr is null and family.recipe has no spatial_lr; set it to 1e-4, say.")
-    if motion.train == "module" and (kind := settings.trainer.quantize):
-        raise ConfigError(
-            f"trainer.quantize={kind} holds weights as they are, and motion.train=module changes them; leave one of them out."
-        )
     if settings.sampling.batch_size != SamplingSettings.batch_size:
         raise ConfigError(f"sampling.batch_size={settings.sampling.batch_size} has no effect with motion: clips are drawn one by one.")
     if settings.optimizer.name == "prodigy" and motion.spatial_lr is not None:
@@ -165,6 +165,7 @@ def refuse_for_pretraining(cfg: DictConfig) -> None:
         "data.regularisation.source": cfg.data.regularisation.source,
         "text_encoder.lr": cfg.text_encoder.lr,
         "text_encoder.tokens": cfg.text_encoder.tokens,
+        "trainer.quantize": cfg.trainer.get("quantize"),
     }
     for name, value in asked.items():
         if value:
@@ -173,7 +174,6 @@ def refuse_for_pretraining(cfg: DictConfig) -> None:
 
 def data_options(cfg: DictConfig) -> dict[str, Any]:
     """The `data` group without its source and trigger, which a demo brings itself, and the class that is said with it."""
-        "trainer.quantize": cfg.trainer.get("quantize"),
     return {key: value for key, value in cfg.data.items() if key not in ("source", "trigger", "class_word")}
 
 
