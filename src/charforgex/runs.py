@@ -28,6 +28,7 @@ PACKAGES += ["hydra-core", "omegaconf"]
 EXIT_OK, EXIT_ERROR = 0, 2  # 2: something the user can mend, said in one line
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # Ctrl-C and SIGTERM, after what was done is saved: the same command goes on from there
 LOCATIONS = ("run_dir", "runs_dir", "cache_dir", "resume", "fresh", "trial", "hydra")  # keys that say where and for whom, not what
+PLACES = {"trainer": ("devices", "nodes", "strategy")}  # such keys of groups
 
 
 # ---- atomic writes ----
@@ -193,7 +194,7 @@ def sha256_path(path: str | os.PathLike) -> str:
 
 
 def config_hash(cfg: Any) -> str:
-    """sha256 of what a config asks for, wherever it lies: without `LOCATIONS`, and with absolute paths cut down to their last part.
+    """sha256 of what a config asks for, wherever it lies: without `LOCATIONS` and `PLACES`, and of absolute paths only the last part.
 
     The order of keys does not count, nor whether a whole number is written 1 or 1.0.
     """
@@ -201,6 +202,9 @@ def config_hash(cfg: Any) -> str:
 
     values = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     values = {key: value for key, value in values.items() if key not in LOCATIONS}
+    for group, names in PLACES.items():
+        if isinstance(values.get(group), dict):
+            values[group] = {key: value for key, value in values[group].items() if key not in names}
     text = json.dumps(_placeless(plain(values)), sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
 from charforgex import binding, runs
 from charforgex.charworld.demo import DEMO, number_of, other_characters, trigger_of, write_character
@@ -50,6 +49,7 @@ from charforgex.training.job import (
     open_base,
     restore,
     set_threads,
+    speaker,
     start_run,
     with_trigger,
 )
@@ -60,7 +60,9 @@ from charforgex.training.loop import StepLoader, fit, step_loader
 from charforgex.training.losses import Objective
 from charforgex.training.module import DenoiserModule
 from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
+from charforgex.training.processes import ALONE, Processes
 from charforgex.training.run import Clock, Settings, data_options
+from charforgex.training.sharding import check_splittable, split
 from charforgex.types import Components
 
 DEMO_PICTURES = 30
@@ -81,21 +83,21 @@ class CharacterJob(Job):
     character: Character | None = None
 
 
-def train_character(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
+def train_character(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes = ALONE) -> dict[str, Any]:
     """Returns what result.json holds. See `training.run.run`."""
     with quiet():
-        return _train(cfg, settings, run_dir, going_on)
+        return _train(cfg, settings, run_dir, going_on, processes)
 
 
-def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
-    job = CharacterJob(cfg, settings, run_dir, Console(), Clock(run_dir))
+def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes) -> dict[str, Any]:
+    job = CharacterJob(cfg, settings, run_dir, speaker(processes), Clock(run_dir), processes)
     set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     device = choose_device(settings.trainer.accelerator)
     check_optimizer(settings.optimizer.name, device)
     if settings.trainer.compile:
         check_compiler(device)
-    character = job.character = find_character(cfg, run_dir)
+    character = job.character = processes.after_first(lambda: find_character(cfg, run_dir))
     prompts = with_trigger(settings.evaluation.prompts, character.trigger)
     settings = job.settings = replace(settings, evaluation=replace(settings.evaluation, prompts=prompts))
     word, start = word_and_start(character.trigger, settings.text_encoder.tokens_init) if settings.text_encoder.tokens else (None, None)
@@ -103,12 +105,12 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     targets = family.lora_targets(targets, denoiser_config(family, cfg.family.source)) if isinstance(targets, str) else targets
     load_parts, base, objective = open_base(job, family, device)
 
-    source, val_count = curated(job)
+    source, val_count = processes.tell(lambda: runs.plain(curated(job)))
     data = bind(
         CharacterData,
         data_options(cfg) | {"val_count": val_count},
         "data",
-        source=source,
+        source=Path(source),
         trigger=character.trigger,
         class_word=class_of(character.trigger, cfg.data.class_word) if objective.prior_weight else None,
         cache=Path(cfg.cache_dir),
@@ -118,6 +120,8 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
         raise DataError(f"No picture is held out, {HELD_OUT}; set data.val_count to 1 or more.")
     check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
+    if settings.trainer.splits_base:
+        check_splittable(parts.denoiser, cfg.family.source)
     blocks = family.blocks(parts.denoiser)
     if settings.trainer.gradient_checkpointing:
         checkpoint_blocks(parts.denoiser, blocks, settings.trainer.gradient_checkpointing)
@@ -129,16 +133,21 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     if word is not None:
         learn_tokens(live, word, settings.text_encoder.tokens, start)
     check_disk(run_dir, adapter_parameters(parts.denoiser) | live.parameters(), settings.trainer.keep)
+    if settings.trainer.splits_base:
+        split(parts.denoiser, blocks, adapter_parameters(parts.denoiser).values(), device, processes.count)
 
     start_run(job, data, going_on)
-    made = data.prepare(
-        family,
-        load_parts,
-        weights=encoder_hashes(cfg, family),
-        pixel_multiple=family.pixel_multiple(parts),
-        latent_stride=family.latent_stride(parts),
-        prompts=[*settings.evaluation.prompts, settings.sampling.negative],
-        dtype=cfg.family.dtype,
+    made = processes.after_first(
+        lambda: data.prepare(
+            family,
+            load_parts,
+            weights=encoder_hashes(cfg, family),
+            pixel_multiple=family.pixel_multiple(parts),
+            latent_stride=family.latent_stride(parts),
+            prompts=[*settings.evaluation.prompts, settings.sampling.negative],
+            dtype=cfg.family.dtype,
+            progress=processes.is_first,
+        )
     )
     module = make_module(job, family, parts, objective, data, live)
     show_plan(job, family, parts, objective, data, adapted, module, made)
@@ -146,19 +155,25 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     checkpoints = run_dir / "checkpoints"
     if going_on:
         restore(job, module, checkpoints)
-    parts.modules |= load_parts(["vae"]).modules
-    parts["vae"].encoder = None  # pictures are all encoded; only previews are decoded from here on
-    measuring = Measuring(job, family, parts, data, module)
-    loggers = [measuring.log, *make_loggers(job)]
+    measuring = None
+    if job.measures:
+        parts.modules |= load_parts(["vae"]).modules
+        parts["vae"].encoder = None  # pictures are all encoded; only previews are decoded from here on
+        measuring = Measuring(job, family, parts, data, module)
+    loggers = [measuring.log, *make_loggers(job)] if processes.is_first else []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     stopped = fit(
-        module, checkpoints, settings.trainer, loggers, job.console, measuring, settings.evaluation.every, lambda: {measuring.best_step}
-    )
-    job.clock.save()
+        module, checkpoints, settings.trainer, loggers, job.console, measuring or (lambda step: None), settings.evaluation.every,
+        lambda: {measuring.best_step},
+    )  # fmt: skip
+    if processes.is_first:
+        job.clock.save()
     leave_if(stopped, job, module.step)
-    result = finish(job, family, parts, data, module, measuring)
-    if job.cfg.logger.wandb:
+    if measuring is not None and not processes.is_first:
+        measuring.knowing.draw()  # for its part of the base, which the first process needs in `finish`
+    result = processes.tell(lambda: finish(job, family, parts, data, module, measuring))
+    if job.cfg.logger.wandb and processes.is_first:
         finish_wandb(loggers[-1].experiment, bool(job.cfg.logger.offline), job.console)
     return result
 
@@ -280,7 +295,7 @@ class Measuring:
 
     def __init__(self, job: CharacterJob, family: Family, parts: Components, data: CharacterData, module: DenoiserModule):
         self.job, self.module = job, module
-        self.log = StepLog(job.run_dir / "metrics.csv", module.step)
+        self.log = StepLog(job.run_dir / "metrics.csv", module.step) if job.processes.is_first else None
         others = other_pictures(job.character.others, data)
         with job.console.status("measuring the base model"):
             self.knowing = Knowing(
@@ -307,6 +322,8 @@ class Measuring:
         with self.module.averaged():
             scores, pictures = self.knowing.scores(step)
         self.history = [*(s for s in self.history if s.step < step), scores]
+        if not self.job.processes.is_first:
+            return
         rows = {"anchors": plain(self.anchors), "checkpoints": [plain(s) for s in self.history]}
         runs.write_json(self.job.run_dir / "scores.json", rows)
         metrics = as_metrics(scores, self.anchors)

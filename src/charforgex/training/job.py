@@ -14,7 +14,7 @@ from rich.console import Console
 from charforgex import runs
 from charforgex.config import bind, conf_folder
 from charforgex.data.prepared import LoadParts, PreparedData
-from charforgex.errors import ConfigError
+from charforgex.errors import CheckpointError, ConfigError
 from charforgex.families.base import Family
 from charforgex.families.loading import weights_hash
 from charforgex.families.quantized import Packing, check_packing
@@ -22,8 +22,8 @@ from charforgex.generation.sampling import check_sampling
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.losses import Objective
 from charforgex.training.module import StepModule
-from charforgex.training.run import Clock, Settings
 from charforgex.training.processes import ALONE, Processes
+from charforgex.training.run import Clock, Settings
 from charforgex.types import Components
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,7 +42,17 @@ class Job:
 
     processes: Processes = ALONE
 
+    @property
+    def measures(self) -> bool:
+        """Whether this process draws and measures: the first, and every one where each has but a part of the base."""
+        return self.processes.is_first or self.settings.trainer.splits_base
+
 # ---- before the first step ----
+
+
+def speaker(processes: Processes) -> Console:
+    """Of several processes the first speaks."""
+    return Console(quiet=not processes.is_first)
 
 
 def set_threads(number: int) -> None:
@@ -74,9 +84,11 @@ def loader(cfg: DictConfig, family: Family, device: str) -> LoadParts:
 
     kind = cfg.trainer.get("quantize")  # not among the settings of older runs
     packing = Packing(kind, Path(cfg.cache_dir)) if kind else None
+    splits = cfg.trainer.get("strategy") == "fsdp"
 
     def load_parts(groups: Sequence[str]) -> Components:
-        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], device, tokenizer=cfg.family.tokenizer, packing=packing)
+        where = "cpu" if splits and "denoiser" in groups else device  # one that is split may be too large for a device
+        return family.load(cfg.family.source, groups, DTYPES[cfg.family.dtype], where, tokenizer=cfg.family.tokenizer, packing=packing)
 
     return load_parts
 
@@ -122,6 +134,8 @@ def check_disk(run_dir: Path, parameters: dict, keep: int) -> None:
 
 def start_run(job: Job, data: PreparedData, going_on: bool) -> None:
     """The folder, with all that is needed to repeat the run."""
+    if not job.processes.is_first:
+        return
     job.run_dir.mkdir(parents=True, exist_ok=True)
     if not going_on:
         runs.save_config(job.run_dir, job.cfg)
@@ -129,13 +143,23 @@ def start_run(job: Job, data: PreparedData, going_on: bool) -> None:
 
 
 def restore(job: Job, module: StepModule, checkpoints: Path) -> None:
-    runs.remove_unfinished(job.run_dir)
+    if job.processes.is_first:
+        runs.remove_unfinished(job.run_dir)
+    job.processes.wait()
     checkpoint, problems = load_last_good(checkpoints)
+    check_shared(job.processes, checkpoint)
     for problem in problems:
         job.console.print(f"[yellow]{problem} Falling back to the one before.")
     if checkpoint is not None:
         module.restore(checkpoint)
         job.console.print(f"Going on with {job.run_dir} from step {module.step}.")
+
+
+def check_shared(processes: Processes, checkpoint: dict | None) -> None:
+    """Raises CheckpointError unless all processes go on from the same step."""
+    steps = processes.gather(None if checkpoint is None else checkpoint["step"])
+    if len(set(steps)) > 1:
+        raise CheckpointError(f"The processes found checkpoints of the steps {steps}; runs_dir must be on a disk that all machines share.")
 
 
 def make_loggers(job: Job) -> list:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import nn
 
 from charforgex import runs
@@ -48,6 +47,7 @@ from charforgex.training.job import (
     open_base,
     restore,
     set_threads,
+    speaker,
     start_run,
     with_trigger,
 )  # fmt: skip
@@ -57,7 +57,9 @@ from charforgex.training.losses import Objective
 from charforgex.training.motion_knowing import PROMPTS, MotionKnowing, MotionScores, as_metrics, plain
 from charforgex.training.motion_module import MotionLoraModule
 from charforgex.training.optimizers import build_optimizer, check_optimizer, schedule
+from charforgex.training.processes import ALONE, Processes
 from charforgex.training.run import Clock, Settings, data_options
+from charforgex.training.sharding import check_splittable, split
 from charforgex.types import Components
 
 
@@ -70,14 +72,14 @@ class Learning:
     adapted: list[str]
 
 
-def train_motion(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
+def train_motion(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes = ALONE) -> dict[str, Any]:
     """Returns what result.json holds. See `training.run.run`."""
     with quiet():
-        return _train(cfg, settings, run_dir, going_on)
+        return _train(cfg, settings, run_dir, going_on, processes)
 
 
-def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
-    job = Job(cfg, settings, run_dir, Console(), Clock(run_dir))
+def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes) -> dict[str, Any]:
+    job = Job(cfg, settings, run_dir, speaker(processes), Clock(run_dir), processes)
     set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     device = choose_device(settings.trainer.accelerator)
@@ -86,43 +88,57 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     load_parts, base, objective = open_base(job, family, device)
     if cfg.data.frames > (known := base.config["max_frames"]):
         raise ConfigError(f"data.frames={cfg.data.frames}: the motion modules of {cfg.family.source} know {known} at once; take fewer.")
-    source, prompts = find_clips(cfg, settings, run_dir)
-    data = bind(ClipData, data_options(cfg), "data", source=source, trigger=cfg.data.trigger, cache=Path(cfg.cache_dir), seed=cfg.seed)
+    source, prompts = processes.after_first(lambda: find_clips(cfg, settings, run_dir))
+    where = {"source": source, "trigger": cfg.data.trigger, "cache": Path(cfg.cache_dir), "seed": cfg.seed}
+    data = processes.after_first(lambda: bind(ClipData, data_options(cfg), "data", **where))
     if not data.val:
         why = "; ".join(note for note in data.notes if "held out" in note) or "data.val_count=0; set it to 1 or more"
         raise DataError(f"Nothing could tell whether the motion is learnt: {why}.")
     check_resolution(family, cfg.family.source, family.default_size(base), data.resolutions)
     parts = load_parts(["denoiser"])
+    if settings.trainer.splits_base:
+        check_splittable(parts.denoiser, cfg.family.source)
     if settings.trainer.gradient_checkpointing:
         checkpoint_blocks(parts.denoiser, family.blocks(parts.denoiser), settings.trainer.gradient_checkpointing)
     learning = learn(family, parts.denoiser, settings, wanted, cfg.seed)
     check_disk(run_dir, learning.temporal | learning.spatial, settings.trainer.keep)
+    if settings.trainer.splits_base:
+        learns = [*learning.temporal.values(), *learning.spatial.values()]
+        split(parts.denoiser, family.blocks(parts.denoiser), learns, device, processes.count)
 
     start_run(job, data, going_on)
     prompts = prompts or list(dict.fromkeys(record.captions[0] for record in data.val))[:PROMPTS]
-    made = data.prepare(
+    made = processes.after_first(lambda: data.prepare(
         family, load_parts, weights=encoder_hashes(cfg, family), pixel_multiple=family.pixel_multiple(parts),
         latent_stride=family.latent_stride(parts), prompts=[*prompts, settings.sampling.negative], dtype=cfg.family.dtype,
-    )  # fmt: skip
+        progress=processes.is_first,
+    ))  # fmt: skip
     module = make_module(job, family, parts, objective, data, learning)
     show_plan(job, family, parts, objective, data, learning, module, made)
-    parts.modules |= load_parts(["vae"]).modules
-    parts["vae"].encoder = None  # clips are all encoded; only previews are decoded from here on
-    measuring = Measuring(job, family, parts, data, module, prompts)  # before anything is learnt
+    measuring = None
+    if job.measures:
+        parts.modules |= load_parts(["vae"]).modules
+        parts["vae"].encoder = None  # clips are all encoded; only previews are decoded from here on
+        measuring = Measuring(job, family, parts, data, module, prompts)  # before anything is learnt
     checkpoints = run_dir / "checkpoints"
     if going_on:
         restore(job, module, checkpoints)
-    measuring.go_on()
-    loggers = [measuring.log, *make_loggers(job)]
+    if measuring is not None:
+        measuring.go_on()
+    loggers = [measuring.log, *make_loggers(job)] if processes.is_first else []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     stopped = fit(
-        module, checkpoints, settings.trainer, loggers, job.console, measuring, settings.evaluation.every, lambda: {measuring.best_step}
-    )
-    job.clock.save()
+        module, checkpoints, settings.trainer, loggers, job.console, measuring or (lambda step: None), settings.evaluation.every,
+        lambda: {measuring.best_step},
+    )  # fmt: skip
+    if processes.is_first:
+        job.clock.save()
     leave_if(stopped, job, module.step)
-    result = finish(job, family, parts, data, module, measuring, learning)
-    if job.cfg.logger.wandb:
+    if measuring is not None and not processes.is_first:
+        measuring.knowing.draw()  # for its part of the base, which the first process needs in `finish`
+    result = processes.tell(lambda: finish(job, family, parts, data, module, measuring, learning))
+    if job.cfg.logger.wandb and processes.is_first:
         finish_wandb(loggers[-1].experiment, bool(job.cfg.logger.offline), job.console)
     return result
 
@@ -257,7 +273,7 @@ class Measuring:
 
     def go_on(self) -> None:
         """With what an earlier sitting measured up to the module's step."""
-        self.log = StepLog(self.job.run_dir / "metrics.csv", self.module.step)
+        self.log = StepLog(self.job.run_dir / "metrics.csv", self.module.step) if self.job.processes.is_first else None
         path = self.job.run_dir / "scores.json"
         earlier = [MotionScores(**row) for row in json.loads(path.read_text())["checkpoints"]] if path.exists() else []
         self.history = [scores for scores in earlier if scores.step <= self.module.step]
@@ -279,6 +295,8 @@ class Measuring:
         with self.module.averaged():
             scores, clips = self.knowing.scores(step)
         self.history = [*(s for s in self.history if s.step < step), scores]
+        if not self.job.processes.is_first:
+            return
         runs.write_json(run_dir / "scores.json", {"base": plain(self.base), "checkpoints": [plain(s) for s in self.history]})
         for logger in self.module.trainer.loggers:
             logger.log_metrics(as_metrics(scores, self.base, self.value(scores)), step=step)

@@ -5,6 +5,7 @@ Nothing heavy is imported before the settings are known to be right.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from charforgex.errors import ConfigError
 from charforgex.families import registry
 from charforgex.families.settings import FamilySettings
 from charforgex.generation.settings import LoggerSettings, SamplingSettings
+from charforgex.training.processes import Processes, find_place, joined
 from charforgex.training.settings import (
     EvaluationSettings,
     LoraSettings,
@@ -96,6 +98,8 @@ def check(cfg: DictConfig) -> Settings:
     return settings
 
 
+        if settings.trainer.count > 1:
+            raise ConfigError(f"trainer.devices={settings.trainer.count}: the embedded models are trained on one device; leave it out.")
 def refuse_together(settings: Settings, pretraining: bool) -> None:
     """Raises ConfigError for settings of two groups that exclude each other."""
     name = settings.optimizer.name
@@ -186,9 +190,21 @@ def train(cfg: DictConfig) -> float | dict[str, Any]:
 def run(cfg: DictConfig) -> dict[str, Any]:
     """`train`, returning all of result.json. Raises CharForgeError; exits with 130 or 143 when stopped, with all saved."""
     if cfg.resume is not None:
-        cfg = resumed(Path(cfg.resume))
+        cfg = resumed(Path(cfg.resume), cfg.trainer)
     settings = check(cfg)
-    run_dir, going_on = choose_run_dir(cfg)
+    place = find_place(settings.trainer, os.environ)
+    if place is None:
+        from charforgex.training.launching import launch
+
+        return launch(cfg, settings.trainer)
+    with joined(place, settings.trainer) as processes:
+        return run_here(cfg, settings, processes)
+
+
+def run_here(cfg: DictConfig, settings: Settings, processes: Processes) -> dict[str, Any]:
+    """What one of the processes does."""
+    path, going_on = processes.tell(lambda: runs.plain(choose_run_dir(cfg)))
+    run_dir = Path(path)
     if "pretrain" in cfg:
         from charforgex.training.pretraining import run_pretraining
 
@@ -196,10 +212,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if settings.motion is not None:
         from charforgex.training.motion_run import train_motion
 
-        return train_motion(cfg, settings, run_dir, going_on)
+        return train_motion(cfg, settings, run_dir, going_on, processes)
     from charforgex.training.character import train_character
 
-    return train_character(cfg, settings, run_dir, going_on)
+    return train_character(cfg, settings, run_dir, going_on, processes)
 
 
 def resumed(run_dir: Path) -> DictConfig:
@@ -220,6 +236,9 @@ def choose_run_dir(cfg: DictConfig) -> tuple[Path, bool]:
     A run without a `run_dir` of its own is named by its settings: the same command finds its interrupted run again.
     """
     if cfg.run_dir is not None:
+    if trainer.devices is not None:
+        for name in runs.PLACES["trainer"]:
+            cfg.trainer[name] = trainer[name]
         path = Path(cfg.run_dir)
         state = state_of(path)
         if state in ("finished", "foreign") or (state == "interrupted" and cfg.fresh):

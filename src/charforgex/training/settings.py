@@ -109,6 +109,9 @@ class TrainerSettings:
     steps: Positive = 1000
     accumulate: Positive = 1
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    devices: Positive | None = None  # of each machine; None is one
+    nodes: Positive = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     threads: Annotated[int, Range(at_least=0)] = 0  # of the CPU; 0 leaves it to torch
     gradient_checkpointing: bool | Positive = False  # of all blocks, or of that many from the first
     compile: bool = False
@@ -116,6 +119,35 @@ class TrainerSettings:
     ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
     checkpoint_every: Positive = 100
     keep: Positive = 2
+
+    def __post_init__(self):
+        count, micros = self.count, self.accumulate
+        if micros % count:
+            fitting = ", ".join(str(number) for number in range(1, micros + 1) if micros % number == 0)
+            raise ConfigError(
+                f"trainer.accumulate={micros}: {count} devices cannot share so many micro-batches of a step equally; use {fitting} "
+                f"device{'s' * (micros > 1)}, or set trainer.accumulate={-(-micros // count) * count}, of data.batch_size each."
+            )
+        if self.splits_base and self.compile:
+            raise ConfigError("trainer.compile=true: blocks that trainer.strategy=fsdp splits are not compiled; leave one of them out.")
+        if self.splits_base and self.quantize:
+            raise ConfigError(
+                f"trainer.strategy=fsdp splits plain weights, and trainer.quantize={self.quantize} packs them; leave one of them out."
+            )
+        if self.splits_base and count == 1:
+            raise ConfigError(
+                "trainer.strategy=fsdp splits the base among devices, and there is one; set trainer.devices, or strategy=ddp."
+            )
+
+    @property
+    def splits_base(self) -> bool:
+        """Whether each device holds but a part of the base."""
+        return self.strategy == "fsdp"
+
+    @property
+    def count(self) -> int:
+        """Devices of all machines."""
+        return (self.devices or 1) * self.nodes
 
 
 @dataclass(frozen=True)
