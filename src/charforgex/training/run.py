@@ -94,12 +94,12 @@ def check(cfg: DictConfig) -> Settings:
         bind(CurationSettings, cfg.curation, "curation")
     if "pretrain" in cfg:
         refuse_for_pretraining(cfg)
+        if settings.trainer.count > 1:
+            raise ConfigError(f"trainer.devices={settings.trainer.count}: the embedded models are trained on one device; leave it out.")
     refuse_together(settings, pretraining="pretrain" in cfg)
     return settings
 
 
-        if settings.trainer.count > 1:
-            raise ConfigError(f"trainer.devices={settings.trainer.count}: the embedded models are trained on one device; leave it out.")
 def refuse_together(settings: Settings, pretraining: bool) -> None:
     """Raises ConfigError for settings of two groups that exclude each other."""
     name = settings.optimizer.name
@@ -218,8 +218,9 @@ def run_here(cfg: DictConfig, settings: Settings, processes: Processes) -> dict[
     return train_character(cfg, settings, run_dir, going_on, processes)
 
 
-def resumed(run_dir: Path) -> DictConfig:
-    """The config that a run folder was made with. A trial that is resumed by hand trains to its end, whatever its sweep thinks of it."""
+def resumed(run_dir: Path, trainer: DictConfig) -> DictConfig:
+    """The config that a run folder was made with, to be run where `trainer` says if that names devices. A trial that is resumed by hand
+    trains to its end, whatever its sweep thinks of it."""
     from omegaconf import OmegaConf
 
     path = run_dir / "config.yaml"
@@ -227,6 +228,9 @@ def resumed(run_dir: Path) -> DictConfig:
         raise ConfigError(f"resume={run_dir} is not a run folder: it has no config.yaml.")
     cfg = OmegaConf.load(path)
     cfg.run_dir, cfg.fresh, cfg.trial = str(run_dir), False, None
+    if trainer.devices is not None:
+        for name in runs.PLACES["trainer"]:
+            cfg.trainer[name] = trainer[name]
     return cfg
 
 
@@ -236,9 +240,6 @@ def choose_run_dir(cfg: DictConfig) -> tuple[Path, bool]:
     A run without a `run_dir` of its own is named by its settings: the same command finds its interrupted run again.
     """
     if cfg.run_dir is not None:
-    if trainer.devices is not None:
-        for name in runs.PLACES["trainer"]:
-            cfg.trainer[name] = trainer[name]
         path = Path(cfg.run_dir)
         state = state_of(path)
         if state in ("finished", "foreign") or (state == "interrupted" and cfg.fresh):
