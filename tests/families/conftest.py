@@ -28,9 +28,9 @@ def listing(family: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def motion_listing(variant: str, number: int = 0) -> dict[str, tuple[int, ...]]:
+def motion_listing(variant: str, half: type[Motion] = Motion) -> dict[str, tuple[int, ...]]:
     """Of AnimateDiff's published motion modules, from the very names that it is read by; test_motion_base holds those to diffusers'."""
-    _, _, table = tables(Motion, "motion_adapter", variant)[number]
+    _, _, table = tables(half, "motion_adapter", variant)[0]
     keys = {original.key: shape for original, shape in table.values()}
     second = {k.replace("attention_blocks.0.pos", "attention_blocks.1.pos"): s for k, s in keys.items() if "pos_encoder" in k}
     return keys | second

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from charforgex.families import layouts
 from charforgex.families.animatediff import AnimateDiff
+from charforgex.families.animatediff_sdxl import AnimateDiffSdxl
 from charforgex.families.base import Family
 from charforgex.families.flux import Flux
 from charforgex.families.sd3 import Sd3
@@ -24,7 +25,7 @@ class Row:
     size: tuple[int, int] = (48, 64)  # pixels, not square, so that a swapped side shows
     frames: tuple[int, ...] = ()  # of a clip, for families of video: one number
     formats: tuple[str, ...] = tuple(formats.FORMATS)  # LoRA formats that hold any of its layers
-    beta_schedule: str = "scaled_linear"  # of those that have betas
+    betas: tuple[str, float] = ("scaled_linear", 0.012)  # of those that have betas: how they rise, and the last one
     single_file: str | None = None  # what its own single files are, if not a whole base of the family
 
     @property
@@ -46,7 +47,11 @@ ROWS = [
     Row(Sd3(), tokens_LD=(77 + 24, 64), pooled_D=64, latent_Chw=(4, 6, 8)),
     Row(
         AnimateDiff(), tokens_LD=(77, 32), pooled_D=None, latent_Chw=(4, 6, 8), frames=(3,), formats=("diffusers",),
-        beta_schedule="linear", single_file=layouts.MOTION,
+        betas=("linear", 0.012), single_file=layouts.MOTION,
+    ),
+    Row(
+        AnimateDiffSdxl(), tokens_LD=(77, 64), pooled_D=32, latent_Chw=(4, 4, 8), size=(32, 64), frames=(3,), formats=("diffusers",),
+        betas=("scaled_linear", 0.020), single_file=layouts.MOTION_SDXL,
     ),
 ]  # fmt: skip
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from charforgex.errors import ConfigError, LoraError
-from charforgex.families.animatediff import CHUNK, TARGETS, AnimateDiff
+from charforgex.families.animatediff import AnimateDiff
 from charforgex.families.bases import get
+from charforgex.families.clips import CHUNK, TARGETS
 from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, unload_adapter
 from charforgex.lora.state import Lora, LoraLayer

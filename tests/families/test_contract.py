@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from charforgex.errors import ConfigError, LoraError
 from charforgex.families import layouts, registry
+from charforgex.families.motion_base import Motion, SdxlMotion
 from charforgex.lora import formats, writing
 from charforgex.lora.inject import adapter_parameters, inject, load_adapter, read_adapter, set_scales, without_adapter
 from charforgex.training.losses import Objective, diffusion_loss
@@ -16,6 +17,7 @@ from charforgex.types import Batch, Crop, Text
 from tests.families.conftest import listing, motion_listing
 from tests.families.rows import ROWS, Row
 
+MOTION = {layouts.MOTION: ("v3", Motion), layouts.MOTION_SDXL: ("", SdxlMotion)}
 CAPTIONS = ["a photo of a man with red hair", "a dog at the beach"]
 
 
@@ -164,7 +166,7 @@ def test_save_load_save_is_identical(row, parts, format, tmp_path):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_identify_names_this_family_and_nothing_else(row, parts, tmp_path):
     """From the listing of its published single-file checkpoints; its LoRAs are LoRAs, its denoiser alone is no base."""
-    keys = motion_listing("v3") if row.single_file else listing(row.family.name)
+    keys = motion_listing(*MOTION[row.single_file]) if row.single_file else listing(row.family.name)
 
     def identify(shapes):
         return layouts.identify(layouts.Header(tmp_path, {key: tuple(shape) for key, shape in shapes.items()}, {}, {}, {}))
@@ -189,14 +191,18 @@ def test_presets_are_named_when_one_is_unknown(row, parts):
 # ---- the value of the loss ----
 
 
-def exact_power(index, schedule: str, like: np.ndarray) -> np.ndarray:
+SCALED = ("scaled_linear", 0.012)
+
+
+def exact_power(index, schedule: tuple[str, float], like: np.ndarray) -> np.ndarray:
     """The signal's power at each index, from the definition of the betas, for what has the shape `like`."""
-    root = np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2
-    betas = {"scaled_linear": root, "linear": np.linspace(0.00085, 0.012, 1000)}[schedule]
+    rise, last = schedule
+    root = np.linspace(np.sqrt(0.00085), np.sqrt(last), 1000) ** 2
+    betas = {"scaled_linear": root, "linear": np.linspace(0.00085, last, 1000)}[rise]
     return np.cumprod(1 - betas)[index].reshape(-1, *[1] * (like.ndim - 1))
 
 
-def exact_losses(prediction, clean, noise, index, mask, kind: str, gamma: float, schedule: str = "scaled_linear") -> np.ndarray:
+def exact_losses(prediction, clean, noise, index, mask, kind: str, gamma: float, schedule=SCALED) -> np.ndarray:
     """The per-picture losses of a DDPM written from the definitions, in float64."""
     power = exact_power(index, schedule, clean)
     target = noise if kind == "epsilon" else np.sqrt(power) * noise - np.sqrt(1 - power) * clean
@@ -270,9 +276,9 @@ def test_the_objective_is_the_worked_example_on_a_whole_family(row, parts):
     else:
         index = np.array([200, 899])
         np.testing.assert_allclose(told * 999, index, rtol=1e-6)
-        power = exact_power(index, row.beta_schedule, noisy)
+        power = exact_power(index, row.betas, noisy)
         clean = (noisy - np.sqrt(1 - power) * noise) / np.sqrt(power)
-        expected = exact_losses(prediction, clean, noise, index, np.ones([1] * noisy.ndim), process.prediction, 5.0, row.beta_schedule)
+        expected = exact_losses(prediction, clean, noise, index, np.ones([1] * noisy.ndim), process.prediction, 5.0, row.betas)
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     apart = np.abs(clean - batch.mean_BChw.double().numpy()) / batch.std_BChw.double().numpy()
     assert 0.5 < apart.mean() < 1.1, "a fresh sample of the posterior, not its mean"

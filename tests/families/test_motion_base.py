@@ -49,10 +49,10 @@ class Halves:
         ).save_pretrained(self.pictures)
         motion.save_pretrained(self.motion)
         shutil.copytree(self.motion, home / "adapter" / "motion_adapter")
-        self.small = {
-            "Pictures": type("SmallPictures", (Pictures,), {"configs": self.pictures}),
-            "Motion": type("SmallMotion", (Motion,), {"configs": home / "adapter", "variants": ("",)}),
-        }
+        self.small = (
+            type("SmallPictures", (Pictures,), {"configs": self.pictures}),
+            type("SmallMotion", (Motion,), {"configs": home / "adapter", "variants": ("",)}),
+        )
         self.picture_tensors = {
             key: tensor
             for name, network in (("unet", unet), ("vae", modules["vae"]), ("text_encoder", modules["text_encoder"]))
@@ -77,8 +77,7 @@ def halves(tmp_path_factory) -> Halves:
 @pytest.fixture
 def files(halves, tmp_path, monkeypatch):
     """Single files of both halves, of the tiny size, beside a tokenizer."""
-    for name, cls in halves.small.items():
-        monkeypatch.setattr(motion_base, name, cls)
+    monkeypatch.setattr(AnimateDiff, "halves", halves.small)
     (tmp_path / "tokenizer").symlink_to(halves.pictures / "tokenizer")
     save_file(halves.picture_tensors, tmp_path / "pictures.safetensors")
     save_file(halves.motion_tensors, tmp_path / "motion.safetensors")

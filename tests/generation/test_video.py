@@ -307,22 +307,26 @@ def test_the_check_of_the_check(weightless, tmp_path):
         make(weightless, tmp_path / "out")
 
 
-def test_loras_and_bases_of_other_families(base, weightless, tmp_path):
+def test_loras_and_bases_of_other_families(base, weightless, motion, tmp_path):
     lora = layers("attentions", Sdxl())
     header = metadata.build(lora, Sdxl(), title="xl", base="charworld")
     xl = writing.write(lora, tmp_path / "xl.safetensors", "kohya", Sdxl(), Sdxl().tiny().denoiser.config, torch.float32, header)
+    with pytest.raises(ModelError, match=r"source=charworld: no base for animatediff_sdxl is embedded"):
+        make("charworld", tmp_path / "out", lora=str(xl))
+    with pytest.raises(LoraError, match=r"different families: .*nodding\.safetensors for animatediff, .*xl\.safetensors for sdxl"):
+        make(weightless, tmp_path / "out", lora=[str(motion), str(xl)])
+    other = tmp_path / "flux.safetensors"
+    save_file({"x.lora_A.weight": torch.ones(1, 1)}, other, {"charforgex.family": "flux"})
     with pytest.raises(
-        ConfigError, match=r"mode=video: .*xl\.safetensors is for sdxl, which makes pictures; clips take LoRAs of sd15 and anim"
+        ConfigError, match=r"mode=video: .*flux\.safetensors is for flux, which makes pictures; clips take LoRAs of sd15 and sdxl and anim"
     ):
-        make(weightless, tmp_path / "out", lora=str(xl))
-    with pytest.raises(ConfigError, match=r"mode=video: family=sdxl makes pictures; say family=animatediff, or mode=picture"):
+        make(weightless, tmp_path / "out", lora=str(other))
+    with pytest.raises(ConfigError, match=r"family=sdxl makes pictures; say family=animatediff or animatediff_sdxl, or mode=picture"):
         make(weightless, tmp_path / "out", "family=sdxl")
     with pytest.raises(LoraError, match=r"xl\.safetensors is for sdxl and not for animatediff"):
         make(weightless, tmp_path / "out", "family=animatediff", lora=str(xl))
     Sdxl().pipeline(Sdxl().tiny()).save_pretrained(tmp_path / "sdxl")
-    with pytest.raises(
-        ModelError, match=r"holds a StableDiffusionXLPipeline: clips are made with Stable Diffusion 1.5, and SDXL's motion is not"
-    ):
+    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline makes clips with family=animatediff_sdxl and not with animatediff"):
         make(tmp_path / "sdxl", tmp_path / "out")
     with pytest.raises(ConfigError, match=r"family=animatediff makes clips.* say mode=video"):
         make(base, tmp_path / "out", "family=animatediff", mode="picture", frames=None)

@@ -132,6 +132,7 @@ WRITTEN = {
     "sdxl_base": ("sdxl", "."), "flux_dev": ("flux", "dev"), "flux_schnell": ("flux", "schnell"), "sd35_medium": ("sd3", "35_medium"),
     "sd3_medium": ("sd3", "medium"), "sd35_large": ("sd3", "35_large"),
     "sd15": ("sd15", "."), "animatediff_v3": ("animatediff", "v3"), "animatediff_v2": ("animatediff", "v2"),
+    "animatediff_sdxl": ("animatediff_sdxl", "."),
     "charworld_sdxl": ("sdxl", None), "charworld_flux": ("flux", None), "charworld_sd3": ("sd3", None),
     "charworld_animatediff": ("animatediff", None),
 }  # fmt: skip
@@ -145,9 +146,10 @@ def measured(name: str) -> dict[str, Any]:
     family_name, folder = WRITTEN[name]
     family = registry.spelling(family_name)
     configs = family.configs if folder is not None else Path(__file__).parents[1] / "charworld/assets" / family_name
+    texts = registry.spelling(family.pictures).configs if folder is not None and family.pictures else configs
     modules: dict[str, list[str]] = {}
     for component in (family.denoiser_name, *(n for n in family.components["text"] if n.startswith("text_encoder"))):
-        config = read_config(configs / folder if component == family.denoiser_name and folder else configs, component)
+        config = read_config(configs / (folder or ".") if component == family.denoiser_name else texts, component)
         for path, shape in measure_adaptable(family, component, config).items():
             modules.setdefault("x".join(map(str, shape)), []).append(f"{component}.{canonical(component, path)}")
     config = read_config(configs / (folder or "."), family.denoiser_name)

@@ -70,7 +70,7 @@ OTHERS = {
     r"^(image_proj|ip_adapter|ip_adapter_proj_model)\.": ("an IP-Adapter", "it steers a base, and is none"),
     r"^redux_(up|down)\.": ("FLUX.1 Redux, an adapter for pictures as prompts", "it steers a base, and is none"),
 }  # fmt: skip
-SD1, MOTION = "Stable Diffusion 1", "an AnimateDiff motion module"
+SD1, MOTION, MOTION_SDXL = "Stable Diffusion 1", "an AnimateDiff motion module", "an AnimateDiff motion module for SDXL"
 IN_DIFFUSERS_SPELLING = "a denoiser in diffusers' spelling without the other parts"
 ADVICE = {what: advice for what, advice in OTHERS.values()} | {
     "a LoRA": "it is not a base model; give it as lora=, and the base as source=",
@@ -119,7 +119,7 @@ def identify(header: Header) -> str | None:
     if UNET_IN in shapes and not any(key.startswith(("conditioner.", "cond_stage_model.")) for key in shapes):
         return "a UNet without its text encoders"
     if "conv_in.weight" not in shapes and any(key.startswith("down_blocks.0.motion_modules.0.") for key in shapes):
-        return MOTION
+        return motion_of(len({key.split(".")[1] for key in shapes if key.startswith("down_blocks.")}))
     if "conv_in.weight" in shapes and "down_blocks.0.resnets.0.norm1.weight" in shapes:
         return IN_DIFFUSERS_SPELLING
     if "transformer_blocks.0.attn.add_q_proj.weight" in shapes and "proj_out.weight" in shapes:
@@ -131,6 +131,11 @@ def identify(header: Header) -> str | None:
     if found is None and "pos_embed" in bare and "joint_blocks.0.context_block.adaLN_modulation.1.bias" in bare:
         return "sd3"  # of any size
     return found or next((what for end, what in PART_ENDS.items() if any(key.endswith(end) for key in shapes)), None)
+
+
+def motion_of(blocks: int) -> str:
+    """What motion modules are made for, by their blocks on the way down: SDXL's network has three, Stable Diffusion 1's four."""
+    return MOTION_SDXL if blocks == 3 else MOTION
 
 
 def _other(header: Header) -> str | None:

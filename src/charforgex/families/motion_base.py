@@ -1,4 +1,4 @@
-"""AnimateDiff's base from its two halves: a picture base, Stable Diffusion 1.5, and the motion modules that were trained for it."""
+"""AnimateDiff's base from its two halves: a picture base, and the motion modules that were trained for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from charforgex.errors import ModelError
-from charforgex.families import layouts, sgm, spelled
+from charforgex.families import layouts, registry, sgm, spelled
 from charforgex.families.folders import Folder
 from charforgex.families.originals import Original, Spelling, each
 from charforgex.families.parts import read_config
@@ -22,7 +22,7 @@ from charforgex.families.sources import Source, read_json
 from charforgex.runs import replace_atomic, write_json
 
 if TYPE_CHECKING:
-    from charforgex.families.base import Family
+    from charforgex.families.clips import Clips
 
 # A module's two attentions know the frames by the same sinusoids, of which diffusers keeps one copy
 SECOND_POSITIONS = tuple(
@@ -73,10 +73,23 @@ class Motion(Half):
         ]
     }
     variants = ("v3", "v2", "v1")
+    example = "v3_sd15_mm.safetensors"
 
     @property
     def configs(self) -> Path:
         return Path(__file__).parent / "configs" / "animatediff"
+
+
+class SdxlMotion(Motion):
+    """The one that is published knows 32 frames, and has no module in the middle."""
+
+    name = layouts.MOTION_SDXL
+    variants = ("",)
+    example = "mm_sdxl_v10_beta.safetensors"
+
+    @property
+    def configs(self) -> Path:
+        return Path(__file__).parent / "configs" / "animatediff_sdxl"
 
 
 class AdapterFolder(Folder):
@@ -84,8 +97,10 @@ class AdapterFolder(Folder):
 
     def __init__(self, family: Motion, source: Source):
         self.family, self.source, self.path = family, source, source.path
-        if (found := self.config("motion_adapter").get("_class_name")) != "MotionAdapter":
+        config = self.config("motion_adapter")
+        if (found := config.get("_class_name")) != "MotionAdapter":
             raise ModelError(f"{self.path} holds a {found}, not the motion modules of AnimateDiff (MotionAdapter).")
+        self.kind = layouts.motion_of(len(config.get("block_out_channels", (320, 640, 1280, 1280))))
         self.held = frozenset(family.components["denoiser"])
 
     def _folder(self, name: str) -> Path:
@@ -98,7 +113,7 @@ class AdapterFolder(Folder):
 class Joined:
     """The network of both halves, each from where it is."""
 
-    def __init__(self, family: Family, picture: Folder | Checkpoint, motion: Folder | Checkpoint):
+    def __init__(self, family: Clips, picture: Folder | Checkpoint, motion: Folder | Checkpoint):
         self.family, self.picture, self.motion, self.path = family, picture, motion, picture.path
         self.held = frozenset({"unet"})
         self.config("unet")  # raises now if they do not go together
@@ -147,6 +162,7 @@ def joined_config(picture: Mapping[str, Any], motion: Mapping[str, Any]) -> dict
     needed = {key: defaults[key] for key in ("layers_per_block", "down_block_types", "up_block_types")}
     said = needed | {key: value for key, value in picture.items() if not key.startswith("_") and key != "attention_head_dim"}
     strange = {key: value for key, value in said.items() if key not in known and _plain(value) != _plain(defaults.get(key))}
+    strange = {key: value for key, value in strange.items() if value or defaults.get(key)}  # null is as good as false: SDXL's says so
     if strange:
         raise ModelError(f"no motion modules are made for a UNet with {', '.join(f'{key}={value}' for key, value in strange.items())}.")
     if motion.get("conv_in_channels"):
@@ -170,20 +186,32 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def opened(family: Family, source: Source) -> Folder | Checkpoint:
+def opened(family: Clips, source: Source) -> Folder | Checkpoint:
     """What one address of an AnimateDiff base holds: both halves, or one of them. Raises ModelError for anything else."""
+    pictures, motion = (half() for half in family.halves)
     if source.is_single_file:
-        is_motion = layouts.identify(layouts.read_header(source.path)) == layouts.MOTION
-        return Checkpoint(Motion() if is_motion else Pictures(), source.path)
+        found = layouts.identify(layouts.read_header(source.path))
+        _refuse_other(family, source.path, found)
+        return Checkpoint(motion if found == motion.name else pictures, source.path)
     if not (source.path / "model_index.json").is_file():
-        return AdapterFolder(Motion(), source)
+        adapter = AdapterFolder(motion, source)
+        _refuse_other(family, source.path, adapter.kind)
+        return adapter
     pipeline = read_json(source.path / "model_index.json").get("_class_name")
-    if "XL" in str(pipeline):
-        raise ModelError(f"{source.path} holds a {pipeline}: clips are made with Stable Diffusion 1.5, and SDXL's motion is not supported.")
-    return Folder(Pictures() if pipeline in Pictures.pipelines else family, source)
+    _refuse_other(family, source.path, pipeline)
+    return Folder(pictures if pipeline in pictures.pipelines else family, source)
 
 
-def joined(family: Family, givers: Mapping[str, Folder | Checkpoint], source: str) -> dict[str, Any]:
+def _refuse_other(family: Clips, path: Path, found: str | None) -> None:
+    """Raises ModelError where what a file or folder was found to be is of another family of clips."""
+    for other in map(registry.get, registry.FAMILIES):
+        if other.is_video and other.name != family.name:
+            pictures, motion = other.halves
+            if found in (pictures.name, motion.name, *pictures.pipelines, *other.pipelines):
+                raise ModelError(f"{path}: {found} makes clips with family={other.name} and not with {family.name}.")
+
+
+def joined(family: Clips, givers: Mapping[str, Folder | Checkpoint], source: str) -> dict[str, Any]:
     """The givers of a whole base's components. Raises ModelError where a half is lacking, or there is one too many."""
     order, givers = list(givers), dict(givers)
     picture, motion = givers.get("unet"), givers.pop("motion_adapter", None)
@@ -193,9 +221,8 @@ def joined(family: Family, givers: Mapping[str, Folder | Checkpoint], source: st
     if has_motion and motion is not None and order.index("unet") < order.index("motion_adapter"):
         raise ModelError(f"{motion.path} adds nothing: the motion modules come from {picture.path}, before it in source={source}.")
     if not has_motion and motion is None:
-        raise ModelError(
-            f"{source} holds no motion modules, which {family.name} needs; add them with a plus: source={source}+v3_sd15_mm.safetensors"
-        )
+        example = family.halves[1].example
+        raise ModelError(f"{source} holds no motion modules, which {family.name} needs; add them with a plus: source={source}+{example}")
     return givers if motion is None else givers | {"unet": Joined(family, picture, motion)}
 
 

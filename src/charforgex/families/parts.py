@@ -37,6 +37,17 @@ def build(family: Family, name: str, config: Mapping[str, Any]) -> nn.Module:
     return cls.from_config(dict(config)) if library(family, name) == "diffusers" else cls(cls.config_class(**config))
 
 
+def unet_facts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Pixels per latent, what picture sides must be a multiple of, and the side at which the base was trained."""
+    unet, vae = configs["unet"], configs["vae"]
+    stride = 2 ** (len(vae["block_out_channels"]) - 1)
+    return {
+        "latent_stride": stride,
+        "pixel_multiple": stride * 2 ** (len(unet["block_out_channels"]) - 1),
+        "default_size": stride * unet["sample_size"],
+    }
+
+
 def adaptable(family: Family, denoiser_config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
     """The weight's shape of each of the denoiser's modules that a LoRA can adapt, by path: the linear and convolutional ones.
 

@@ -17,6 +17,7 @@ FAMILIES = {
     "flux": "charforgex.families.flux:Flux",
     "sd3": "charforgex.families.sd3:Sd3",
     "animatediff": "charforgex.families.animatediff:AnimateDiff",
+    "animatediff_sdxl": "charforgex.families.animatediff_sdxl:AnimateDiffSdxl",
 }
 
 SPELLED = {"sd15": "charforgex.families.spelled:Sd15"}  # their LoRA files alone

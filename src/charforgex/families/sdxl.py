@@ -13,7 +13,7 @@ from charforgex.errors import ConfigError
 from charforgex.families import sgm
 from charforgex.families.base import Family
 from charforgex.families.originals import CLIP_BESIDES, Spelling, clip, each
-from charforgex.families.parts import adaptable
+from charforgex.families.parts import adaptable, unet_facts
 from charforgex.families.process import Ddpm
 from charforgex.families.text import clip_states, seen, token_ids
 from charforgex.lora.names import Place
@@ -59,14 +59,7 @@ class Sdxl(Family):
         return torch.zeros(shape) if unused else None
 
     def facts(self, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Pixels per latent, what picture sides must be a multiple of, and the side at which the base was trained."""
-        unet, vae = configs["unet"], configs["vae"]
-        stride = 2 ** (len(vae["block_out_channels"]) - 1)
-        return {
-            "latent_stride": stride,
-            "pixel_multiple": stride * 2 ** (len(unet["block_out_channels"]) - 1),
-            "default_size": stride * unet["sample_size"],
-        }
+        return unet_facts(configs)
 
     def process(self, parts: Components) -> Ddpm:
         return Ddpm.from_config(parts["scheduler"].config)
@@ -108,9 +101,7 @@ class Sdxl(Family):
 
     def denoise(self, denoiser, noisy: Tensor, t_B: Tensor, text: Text, crop: Crop) -> Tensor:
         index = (t_B.float() * 999).round().long()
-        # in float32 whatever the network's dtype: bfloat16 cannot tell 1023 pixels from 1024
-        time_ids = torch.cat([crop.original_B2, crop.top_left_B2, crop.target_B2], dim=1).to(noisy.device, torch.float32)
-        conditions = {"text_embeds": text.pooled_BD.to(noisy.dtype), "time_ids": time_ids}
+        conditions = size_conditions(text.pooled_BD, crop, noisy)
         tokens = text.tokens_BLD.to(noisy.dtype)
         return denoiser(noisy, index, encoder_hidden_states=tokens, added_cond_kwargs=conditions, return_dict=False)[0]
 
@@ -159,3 +150,10 @@ class Sdxl(Family):
         )
         facts = self.facts({name: modules[name].config for name in ("unet", "vae")})
         return finish(Components("tiny", self.denoiser_name, modules, {"force_zeros_for_empty_prompt": True} | facts))
+
+
+def size_conditions(pooled_BD: Tensor, crop: Crop, noisy: Tensor) -> dict[str, Tensor]:
+    """What SDXL's network is told besides the text's tokens, under diffusers' names: the pooled text, and sizes in pixels."""
+    # in float32 whatever the network's dtype: bfloat16 cannot tell 1023 pixels from 1024
+    time_ids = torch.cat([crop.original_B2, crop.top_left_B2, crop.target_B2], dim=1).to(noisy.device, torch.float32)
+    return {"text_embeds": pooled_BD.to(noisy.dtype), "time_ids": time_ids}

@@ -58,6 +58,8 @@ def resolve(address: str, family_name: str, components: Collection[str], lone: C
     address = str(address)
     if address == EMBEDDED:
         path = Path(charforgex.__file__).parent / "charworld" / "assets" / family_name
+        if not path.is_dir():
+            raise ModelError(f"source={address}: no base for {family_name} is embedded; say where one is, as family={family_name} does.")
         if not (path / "model_index.json").is_file():
             raise ModelError(f"source={address}: no base for {family_name} is embedded at {path}; reinstall charforgex.")
         return Source(address, path)

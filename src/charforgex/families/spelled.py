@@ -20,6 +20,9 @@ MOTION = re.compile(r"((?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d
 INSIDE = {".attn1.": ".attention_blocks.0.", ".attn2.": ".attention_blocks.1.", ".norm1.": ".norms.0.", ".norm2.": ".norms.1."}
 INSIDE |= {".norm3.": ".ff_norm.", ".pos_embed.": ".attention_blocks.0.pos_encoder."}
 
+# ComfyUI-AnimateDiff-Evolved and sd-webui-animatediff read AnimateDiff's own names of motion modules and no others
+MOTION_UNREAD = dict.fromkeys(("kohya", "comfyui"), ".motion_modules.")
+
 
 class Sd15:
     name = "sd15"
@@ -46,12 +49,17 @@ class Sd15:
         return Path(__file__).parent / "configs" / self.name
 
     def lora_names(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Place]:
-        shapes = {f"{path}.weight": shape for path, shape in adaptable(self, denoiser_config).items()}
-        named = self.original["unet"][0].names(shapes, denoiser_config)
-        return {key.removesuffix(".weight"): Place(original.key.removesuffix(".weight")) for key, original in named.items()}
+        return original_names(self, denoiser_config)
 
     def lora_dialects(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Place]]:
         return {}
+
+
+def original_names(family, denoiser_config: Mapping[str, Any]) -> dict[str, Place]:
+    """Where each module of a UNet that can be adapted stands in the original network: what its tensors are called in single files."""
+    shapes = {f"{path}.weight": shape for path, shape in adaptable(family, denoiser_config).items()}
+    named = family.original["unet"][0].names(shapes, denoiser_config)
+    return {key.removesuffix(".weight"): Place(original.key.removesuffix(".weight")) for key, original in named.items()}
 
 
 def motion(shapes: Shapes, config: Mapping) -> dict[str, Original]:
@@ -69,8 +77,7 @@ def motion_name(ours: str) -> str:
 class AnimateDiff(Sd15):
     name = "animatediff"
     pictures = "sd15"
-    # ComfyUI-AnimateDiff-Evolved and sd-webui-animatediff read AnimateDiff's own names of them and no others
-    lora_unread: ClassVar = dict.fromkeys(("kohya", "comfyui"), ".motion_modules.")
+    lora_unread: ClassVar = MOTION_UNREAD
     lora_labels: ClassVar = {  # none of Sd15's: a LoRA of that is no motion LoRA
         "modelspec.architecture": "animatediff/lora",
         "modelspec.implementation": "https://github.com/guoyww/AnimateDiff",
@@ -79,10 +86,13 @@ class AnimateDiff(Sd15):
     original: ClassVar = {**Sd15.original, "unet": [Spelling(motion, ("model.diffusion_model.", ""))]}
 
     def lora_dialects(self, denoiser_config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Place]]:
-        """`animatediff`: motion LoRAs. AnimateDiff's own adapt attention; its loader and ComfyUI-AnimateDiff-Evolved's take `processor.`
-        and `_lora` out of any name, so that MotionDirector's have layers of the MLPs besides, as ours may."""
-        places = {path: place for path, place in self.lora_names(denoiser_config).items() if MOTION.match(path)}
-        return {"animatediff": {path: Place(_processor(place.path)) for path, place in places.items()}}
+        return motion_dialects(self.lora_names(denoiser_config))
+
+
+def motion_dialects(names: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
+    """`animatediff`: motion LoRAs. AnimateDiff's own adapt attention; its loader and ComfyUI-AnimateDiff-Evolved's take `processor.`
+    and `_lora` out of any name, so that MotionDirector's have layers of the MLPs besides, as ours may."""
+    return {"animatediff": {path: Place(_processor(place.path)) for path, place in names.items() if MOTION.match(path)}}
 
 
 def _processor(path: str) -> str:

@@ -159,8 +159,8 @@ class _Texts:
         if self.shares_TK is None:
             rows = self.text[[0] * count]
         else:
-            shares = self.shares_TK[frames_NL.flatten()]
-            rows = Text(torch.einsum("fk,kld->fld", shares, self.text.tokens_BLD))
+            shares, pooled = self.shares_TK[frames_NL.flatten()], self.text.pooled_BD
+            rows = Text(torch.einsum("fk,kld->fld", shares, self.text.tokens_BLD), None if pooled is None else shares @ pooled)
         return rows if self.negative is None else Text.stack([self.negative[[0] * count], rows])
 
 

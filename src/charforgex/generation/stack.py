@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FAMILY = {"picture": "sdxl", "video": "animatediff"}  # without a LoRA that says otherwise
 DEFAULT_BASE = "charworld"
-IN_CLIPS = {"sd15": "animatediff"}  # a family of pictures -> the family of clips whose network is its own with motion between
+IN_CLIPS = {"sd15": "animatediff", "sdxl": "animatediff_sdxl"}  # family of pictures -> of clips, whose network has motion besides
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,21 @@ def family_of(metadata: Mapping[str, str]) -> str | None:
 
 def _family_name(settings: Settings, said: Mapping[Path, str | None]) -> str:
     known = {path: name for path, name in said.items() if name is not None}
-    if settings.mode == "video":
-        known = {path: IN_CLIPS.get(name, name) for path, name in known.items()}
+    goes_into = {name: IN_CLIPS.get(name, name) if settings.mode == "video" else name for name in known.values()}
     for path, name in known.items():
-        if name in IN_CLIPS:
+        if goes_into[name] in SPELLED:
             raise LoraError(
                 f"{path} is for {name}, of which no base makes pictures here; mode=video takes it, with family={IN_CLIPS[name]}."
             )
     if settings.family is not None:
         for path, name in known.items():
-            if name != settings.family.name:
+            if goes_into[name] != settings.family.name:
                 raise LoraError(f"{path} is for {name} and not for {settings.family.name}; leave family out, or choose another LoRA.")
         return settings.family.name
-    if len(set(known.values())) > 1:
+    if len(set(goes_into.values())) > 1:
         raise LoraError(f"the LoRAs are for different families: {', '.join(f'{path} for {name}' for path, name in known.items())}.")
     if known:
-        return next(iter(known.values()))
+        return next(iter(goes_into.values()))
     if said:
         raise ConfigError(f"{next(iter(said))} does not say which family it is for; say family=<one of {', '.join(_able(settings))}>.")
     return DEFAULT_FAMILY[settings.mode]
@@ -151,7 +150,7 @@ def _no_clips(name: str, said: Mapping[Path, str | None], able: list[str]) -> st
     if said:
         kinds = " and ".join([*IN_CLIPS, *able])
         return f"mode=video: {next(iter(said))} is for {name}, which makes pictures; clips take LoRAs of {kinds}. Or say mode=picture."
-    return f"mode=video: family={name} makes pictures; say family={', '.join(able)}, or mode=picture."
+    return f"mode=video: family={name} makes pictures; say family={' or '.join(able)}, or mode=picture."
 
 
 def _base(settings: Settings, metadata: Mapping[Path, Mapping[str, str]]) -> tuple[str, Path | None]:

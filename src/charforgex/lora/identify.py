@@ -13,6 +13,7 @@ LYCORIS = (".hada_w1_b", ".lokr_w1", ".lokr_w1_a", ".lokr_w2", ".lokr_w2_a")
 FLAT = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
 TEXT_IN = r"_attn2_(processor_)?to_[kv]_"
 SDXL_TEXT, OTHER_UNETS_TEXT = 2048, (768, 1024)  # width of what the UNet's second attentions read: SDXL; Stable Diffusion 1 and 2
+SDXL_MOTION = {1: 640, 2: 320}  # by block on the way up: width of what its motion modules read; Stable Diffusion 1's is twice that
 FLUX_BLOCKS = {"double": 19, "single": 38}  # HunyuanVideo has names of Flux and 20 and 40 blocks
 FLUX_WIDTH, SD3_WIDTHS = 3072, (1536, 2432)  # of Flux; of SD3 and SD3.5 medium, and of SD3.5 large
 
@@ -69,7 +70,7 @@ def unreadable(keys: Iterable[str]) -> str:
 
 
 def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """The family whose LoRA has these keys and shapes: sdxl, flux, sd3, sd15 or animatediff, and None where that is not certain."""
+    """The family whose LoRA has these keys and shapes: sdxl, flux, sd3, sd15, animatediff, animatediff_sdxl; None if not certain."""
     names = {re.sub(r"[._]", "_", key): shape for key, shape in shapes.items()}  # kohya's names and dotted ones alike
     if any("joint_blocks_" in name for name in names):
         return "sd3"
@@ -84,7 +85,7 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
         return "flux" if widths == {FLUX_WIDTH} and _is_flux(names) else None
     if _is_unet(names):
         if any("_motion_modules_" in name for name in names):
-            return "animatediff"
+            return "animatediff_sdxl" if _is_sdxl_motion(names) else "animatediff"
         return "sdxl" if _is_sdxl(names) else "sd15" if _widths(names, TEXT_IN) == {OTHER_UNETS_TEXT[0]} else None
     return None
 
@@ -118,3 +119,8 @@ def _is_sdxl(names: Mapping[str, Sequence[int]]) -> bool:
         return False
     second_encoder = any(name.startswith(("lora_te2_", "text_encoder_2_", "text_encoders_clip_g_")) for name in names)
     return second_encoder or SDXL_TEXT in widths or any(re.search(r"_transformer_blocks_[1-9]", name) for name in names)
+
+
+def _is_sdxl_motion(names: Mapping[str, Sequence[int]]) -> bool:
+    """Motion modules of both UNets have the same names; a file of those on the way down alone counts as Stable Diffusion 1's."""
+    return any(_widths(names, rf"up_blocks_{block}_motion_modules_.*_to_[qkv]_") == {width} for block, width in SDXL_MOTION.items())

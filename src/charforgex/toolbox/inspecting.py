@@ -74,7 +74,7 @@ def inspected(path: Path, base: str | None = None) -> dict[str, Any]:
             **{what: _counted(row[key] for row in layers.values()) for what, key in
                (("kinds", "kind"), ("ranks", "rank"), ("alphas", "alpha"))},
             "components": _counted(place.component for place in places),
-            "parts": _counted(map(half_of, layers)) if opened.base.family == "animatediff" else {},
+            "parts": _counted(map(half_of, layers)) if opened.base.spelling.pictures else {},
             "blocks": {block: blocks[block] for block in in_order(blocks)},
             **_said(file.metadata),
         }  # fmt: skip

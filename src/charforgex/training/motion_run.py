@@ -227,7 +227,8 @@ def show_plan(
 ) -> None:  # fmt: skip
     """The effective objective, the data and the time that it will take."""
     s, motion = job.settings, job.settings.motion
-    tokenizers = load_components(family, job.cfg.family.source, ["tokenizer"], torch.float32, tokenizer=job.cfg.family.tokenizer)
+    names = [name for name in family.components["text"] if name.startswith("tokenizer")]
+    tokenizers = load_components(family, job.cfg.family.source, names, torch.float32, tokenizer=job.cfg.family.tokenizer)
     stride = family.latent_stride(parts)
     grids = [(item.cut.size[0] // stride, item.cut.size[1] // stride) for item in data.items]
     lines = report.objective_lines(
