@@ -85,12 +85,13 @@ class CharacterJob(Job):
 
 def train_character(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes = ALONE) -> dict[str, Any]:
     """Returns what result.json holds. See `training.run.run`."""
-    with quiet():
-        return _train(cfg, settings, run_dir, going_on, processes)
-
-
-def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes) -> dict[str, Any]:
     job = CharacterJob(cfg, settings, run_dir, speaker(processes), Clock(run_dir), processes)
+    with quiet(), job.events:
+        return _train(job, going_on)
+
+
+def _train(job: CharacterJob, going_on: bool) -> dict[str, Any]:
+    cfg, settings, run_dir, processes = job.cfg, job.settings, job.run_dir, job.processes
     set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     device = choose_device(settings.trainer.accelerator)
@@ -165,7 +166,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, p
         torch.cuda.reset_peak_memory_stats()
     stopped = fit(
         module, checkpoints, settings.trainer, loggers, job.console, measuring or (lambda step: None), settings.evaluation.every,
-        lambda: {measuring.best_step},
+        lambda: {measuring.best_step}, job.events,
     )  # fmt: skip
     if processes.is_first:
         job.clock.save()
@@ -277,14 +278,14 @@ def show_plan(job: CharacterJob, family, parts, objective, data, adapted, module
         lines.append(("text encoders", f"{', '.join(module.live.networks)} learn with lr {s.text_encoder.lr:g}"))
     if s.text_encoder.tokens:
         lines.append(("new tokens", f"{s.text_encoder.tokens} in {', '.join(module.live.tokens)} with lr {s.text_encoder.tokens_lr:g}"))
-    report.show(job.console, "Objective", lines)
-    report.show(job.console, "Data", report.data_lines(family, tokenizers, data))
+    job.show("Objective", lines)
+    job.show("Data", report.data_lines(family, tokenizers, data))
     if s.trainer.compile:
         compile_blocks(parts.denoiser, family.blocks(parts.denoiser))
     expected, _ = report.trial(module, s.trainer.steps, first_grids(grids) if s.trainer.compile else [])
     memory = f"{report.peak_memory_bytes() / 2**30:.2f} GiB so far"
     encoded = f"{made['latent']} pictures and {made['text']} captions encoded, the rest was cached"
-    report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
+    job.show("Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
 
 
 # ---- while it trains ----
@@ -326,10 +327,9 @@ class Measuring:
             return
         rows = {"anchors": plain(self.anchors), "checkpoints": [plain(s) for s in self.history]}
         runs.write_json(self.job.run_dir / "scores.json", rows)
-        metrics = as_metrics(scores, self.anchors)
-        for logger in self.module.trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-        self.knowing.sheet(pictures, self.job.run_dir / "samples" / f"step-{step:08d}.png", f"step {step}")
+        sheet = self.job.run_dir / "samples" / f"step-{step:08d}.png"
+        self.knowing.sheet(pictures, sheet, f"step {step}")
+        self.module.tell(step, as_metrics(scores, self.anchors), {"samples": sheet})
         self.job.clock.save()
         self.job.console.print(
             f"step {step}: identity {scores.identity:.3f} (base {self.anchors.base:.3f}, real {self.anchors.ceiling:.3f}), "
@@ -385,6 +385,7 @@ def finish(
             save_verified(lora, file, format, family, parts.denoiser, metadata=metadata, encoders=module.live.adapters())
         pictures = measuring.knowing.draw()
     measuring.knowing.sheet(pictures, run_dir / "sheet.png", f"{job.cfg.name}: {job.character.trigger}")
+    job.events.picture("sheet", run_dir / "sheet.png", best.step)
     draw_curves(read_log(run_dir / "metrics.csv"), run_dir / "curves.png", best.step)
 
     ratio = best.prompt_following / anchors.prompt_following if anchors.prompt_following else None

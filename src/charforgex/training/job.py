@@ -19,7 +19,9 @@ from charforgex.families.base import Family
 from charforgex.families.loading import weights_hash
 from charforgex.families.quantized import Packing, check_packing
 from charforgex.generation.sampling import check_sampling
+from charforgex.training import report
 from charforgex.training.checkpoints import load_last_good
+from charforgex.training.events import Events
 from charforgex.training.losses import Objective
 from charforgex.training.module import StepModule
 from charforgex.training.processes import ALONE, Processes
@@ -39,13 +41,21 @@ class Job:
     run_dir: Path
     console: Console
     clock: Clock
-
     processes: Processes = ALONE
+
+    def __post_init__(self):
+        self.events = Events(self.run_dir, self.processes.is_first)
+
+    def show(self, title: str, lines: Sequence[tuple[str, str]]) -> None:
+        """A part of the plan, to whoever sits there and whoever follows the events."""
+        report.show(self.console, title, lines)
+        self.events.tell("plan", title=title, lines=[list(line) for line in lines])
 
     @property
     def measures(self) -> bool:
         """Whether this process draws and measures: the first, and every one where each has but a part of the base."""
         return self.processes.is_first or self.settings.trainer.splits_base
+
 
 # ---- before the first step ----
 
@@ -140,6 +150,7 @@ def start_run(job: Job, data: PreparedData, going_on: bool) -> None:
     if not going_on:
         runs.save_config(job.run_dir, job.cfg)
         runs.write_provenance(job.run_dir, seed=job.cfg.seed, dataset_sha256=data.dataset_hash, config_sha256=runs.config_hash(job.cfg))
+    job.events.begin(name=job.cfg.name, steps=job.settings.trainer.steps)
 
 
 def restore(job: Job, module: StepModule, checkpoints: Path) -> None:
@@ -153,6 +164,7 @@ def restore(job: Job, module: StepModule, checkpoints: Path) -> None:
     if checkpoint is not None:
         module.restore(checkpoint)
         job.console.print(f"Going on with {job.run_dir} from step {module.step}.")
+    job.events.tell("resumed", module.step)
 
 
 def check_shared(processes: Processes, checkpoint: dict | None) -> None:

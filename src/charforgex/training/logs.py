@@ -10,7 +10,7 @@ import csv
 import os
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from charforgex.runs import write_atomic
 
@@ -69,3 +69,15 @@ def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
         for row in csv.DictReader(file):
             series.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
     return series
+
+
+def show_picture(logger: Logger, name: str, path: Path, step: int) -> None:
+    """In TensorBoard and W&B, under the same name; of a GIF TensorBoard has the first frame."""
+    if isinstance(logger, TensorBoardLogger):
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            logger.experiment.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    elif hasattr(logger, "log_image"):
+        logger.log_image(name, [str(path)], step=step)

@@ -17,20 +17,22 @@ from charforgex.data.prepared import PreparedData
 from charforgex.errors import TrainingError
 from charforgex.lora.checkpoints import folder_name
 from charforgex.training.checkpoints import SafeCheckpointIO, load_last_good
+from charforgex.training.events import Events
 from charforgex.training.logs import StepLog
 from charforgex.training.module import MAX_SKIPPED, NotFinite, StepModule
 from charforgex.training.processes import Processes
 from charforgex.training.settings import TrainerSettings
 from charforgex.training.steering import Asked, ProgressLine, Steering
+from charforgex.training.watching import Watch
 
 MAX_ROLLBACKS = 2
 
 
 def fit(
     module: StepModule, folder: Path, settings: TrainerSettings, loggers: Sequence[Logger], console: Console,
-    measure: Callable[[int], None], measure_every: int, keep_always: Callable[[], set[int]],
+    measure: Callable[[int], None], measure_every: int, keep_always: Callable[[], set[int]], events: Events | None = None,
 ) -> int | None:  # fmt: skip
-    """Trains `module` from its step to `settings.steps`, with checkpoints in `folder`.
+    """Trains `module` from its step to `settings.steps`, with checkpoints in `folder`. Without `events` they are told beside it.
 
     Returns None when done, or the number of the signal that asked for a stop; all is saved then. A step whose loss or gradients
     are not finite changes nothing; after five in a row the last good checkpoint is taken up again with other draws, twice at most.
@@ -42,10 +44,12 @@ def fit(
         return None
     asked = Asked()
     reasons = []
+    events = events or Events(folder.parent, module.processes.is_first)
     while True:
-        with ProgressLine(settings.steps, module.step, console) as progress:
+        watch = Watch(events, console, settings.steps, module.step)
+        with watch, ProgressLine(watch, console) as progress:
             steering = Steering(
-                folder, settings.steps, settings.checkpoint_every, measure_every, settings.keep, measure, keep_always, progress, asked
+                folder, settings.checkpoint_every, measure_every, settings.keep, measure, keep_always, progress, watch, events, asked
             )
             trainer = build_trainer(settings, loggers, steering)
             if module.step == 0:  # so that there is always something to roll back to
@@ -70,6 +74,7 @@ def fit(
         if log is not None:
             log.rewind(module.step)
         console.print(f"[yellow]Not finite: {reasons[-1]}. Back to step {module.step}, with other noise.")
+        events.tell("rolled_back", module.step, reason=reasons[-1])
 
 
 def build_trainer(settings: TrainerSettings, loggers: Sequence[Logger], *callbacks: L.Callback) -> L.Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,6 +17,8 @@ from charforgex.families.base import Family
 from charforgex.families.process import Ddpm, FlowMatching, Process, shifted
 from charforgex.lora.inject import without_adapter
 from charforgex.types import Batch, Text
+
+LEVELS = 4  # ranges of noise whose losses are told apart
 
 
 def diffusion_loss(
@@ -39,6 +42,16 @@ def diffusion_loss(
         mask = mask_B1hw.float().expand_as(error)
         mean = (mask * error).flatten(1).sum(1) / mask.flatten(1).sum(1)
     return weight_B.float() * mean
+
+
+def by_level(examples: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Mean losses of (time, loss) pairs by ranges of time that are there: "loss/t=0.25-0.50" is from a quarter to before a half."""
+    found: dict[int, list[float]] = {}
+    for time, loss in examples:
+        found.setdefault(min(int(time * LEVELS), LEVELS - 1), []).append(loss)
+    return {
+        f"loss/t={level / LEVELS:.2f}-{(level + 1) / LEVELS:.2f}": sum(found[level]) / len(found[level]) for level in sorted(found)
+    }  # fmt: skip
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:

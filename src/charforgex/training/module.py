@@ -7,10 +7,11 @@ that was not, and a run on several devices takes the steps of a run on one.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -20,11 +21,15 @@ from charforgex.errors import CheckpointError, TrainingError
 from charforgex.families.base import Family
 from charforgex.families.process import Process
 from charforgex.lora.inject import leaving_casts_to_autocast
+from charforgex.toolbox.places import place_of
 from charforgex.training.live import LiveText
-from charforgex.training.losses import Objective
+from charforgex.training.losses import Objective, by_level
+from charforgex.training.memory import first_line, is_out_of_memory, told_if_full
 from charforgex.training.processes import ALONE, Processes
+from charforgex.training.sharding import is_split
 from charforgex.types import Batch
 
+T = TypeVar("T")
 MAX_SKIPPED = 5  # non-finite steps in a row before rolling back
 
 
@@ -44,7 +49,11 @@ class StepModule(L.LightningModule):
     learning_rate(step) -> factor on every group's initial rate;
     make_loader(first_step) -> iterable of steps, each a list of this process's micro-batches, which are `processes.share` of the step's.
     `attempt` counts roll-backs and gives the steps after one other draws than those that failed.
+
+    Where memory runs out, micro-batches are computed in smaller pieces from then on; see `fitting`.
     """
+
+    way_out = "Lower pretrain.batch_size."  # where memory is too small even so
 
     def __init__(
         self,
@@ -73,6 +82,9 @@ class StepModule(L.LightningModule):
         self.skipped = 0  # non-finite steps in a row
         self.attempt, self.make_loader, self.processes = attempt, make_loader, processes
         self.numbers: dict[str, float] = {}
+        self.largest: int | None = None  # examples computed at once, where memory is too small for whole micro-batches
+        self.warnings: dict[str, str] = {}  # by kind, for whoever can tell them
+        self.tell: Callable | None = None  # tell(step, numbers, pictures), while it is fitted: what an evaluation has found
 
     def train_dataloader(self):
         """This process's lists of micro-batches from this step on."""
@@ -96,29 +108,39 @@ class StepModule(L.LightningModule):
         """Examples in a micro-batch: a step's loss is the mean over all examples of all its micro-batches."""
         return len(micro)
 
+    def times(self, micro: Any, key: tuple) -> Tensor | None:
+        """Noise levels (B,) of what `losses` draw, on the CPU; None where nothing is noisy."""
+        return None
+
+    def cut(self, micro: Any, size: int) -> list[Any] | None:
+        """A micro-batch in pieces of at most `size` examples, whose losses are those of the whole; None where there are none such."""
+        return None
+
+    def pieces(self, micro: Any) -> list[Any]:
+        """What is computed at once: the micro-batch itself, unless memory has turned out too small for it."""
+        return [micro] if self.largest is None or self.size(micro) <= self.largest else self.cut(micro, self.largest)
+
+    def weight_norms(self) -> dict[str, float]:
+        """By block, the length of all its learning weights as one vector; nothing where there are no blocks."""
+        return {}
+
     def training_step(self, batch: list, _) -> None:
         for group, rate in zip(self._groups(), self.initial_rates, strict=True):
             group["lr"] = rate * self.learning_rate(self.step)
         count = sum(self.processes.gather(sum(self.size(micro) for micro in batch)))
-        totals = {"loss": torch.zeros((), device=self.device)}
-        for number, micro in enumerate(batch, start=self.processes.rank * len(batch)):
-            key = (self.seed, self.step, 0, number, self.attempt)  # 0: where keys have always had a number that nothing needs any more
-            for name, losses in self.parts(micro, key):
-                loss = losses.sum() / count
-                self.manual_backward(loss)
-                totals["loss"] = totals["loss"] + loss.detach()
-                if name:
-                    totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0) + loss.detach()
+        totals, levels = self.fitting(batch, lambda: self._gradients(batch, count))
         totals = self._of_all(totals)
         norms = {_told("grad_norm", name): self._clip(solver) for name, solver in self.solvers.items()}
         seen = [*totals.values(), *(norm.to(totals["loss"]) for norm in norms.values())]
-        values = dict(zip([*totals, *norms], torch.stack(seen).tolist(), strict=True))  # the step's one wait for the device
+        told = torch.cat([torch.stack(seen), *(losses for _, losses in levels)]).tolist()  # the step's one wait for the device
+        values = dict(zip([*totals, *norms], told, strict=False))
         finite = all(map(math.isfinite, values.values()))
         if finite:
             own = self.optimizers()
-            for solver in own if isinstance(own, list) else [own]:
-                if any(parameter.grad is not None for group in solver.param_groups for parameter in group["params"]):
-                    solver.step()
+            with told_if_full("the optimizer took a step", "optimizer=adafactor and adamw8bit need less than others."):
+                for solver in own if isinstance(own, list) else [own]:
+                    if any(parameter.grad is not None for group in solver.param_groups for parameter in group["params"]):
+                        solver.step()
             self._update_ema()
             self.skipped = 0
         else:
@@ -128,10 +150,65 @@ class StepModule(L.LightningModule):
             parameter.grad = None
         self.step += 1
         rates = {_told("lr", name): solver.param_groups[0]["lr"] for name, solver in self.solvers.items()}
-        self.numbers = values | rates | ({} if finite else {"skipped": 1.0})
+        times = [time for t_B, _ in levels for time in t_B.tolist()]
+        pairs = self.processes.gather(list(zip(times, told[len(values) :], strict=True)))
+        by = by_level([pair for found in pairs for pair in found])
+        self.numbers = values | by | rates | ({} if finite else {"skipped": 1.0})
         if self.skipped >= MAX_SKIPPED:
             told = ", ".join(f"{name} {value}" for name, value in values.items())
             raise NotFinite(f"{told} in {self.skipped} steps up to step {self.step}")
+
+    def _gradients(self, batch: Sequence[Any], count: int) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+        """Adds the step's gradients to the parameters'. Returns the losses, mean over `count` examples, by name, and for pieces that are
+        noisy the levels (B,) and the losses (B,) of their examples."""
+        totals, levels = {"loss": torch.zeros((), device=self.device)}, []
+        for number, micro in enumerate(batch, start=self.processes.rank * len(batch)):
+            key = (self.seed, self.step, 0, number, self.attempt)  # 0: where keys have always had a number that nothing needs any more
+            for piece in self.pieces(micro):
+                whole = 0
+                with closing(self.parts(piece, key)) as parts:  # what it switched off is on again, also where memory ran out
+                    for name, losses in parts:
+                        loss = losses.sum() / count
+                        self.manual_backward(loss)
+                        totals["loss"] = totals["loss"] + loss.detach()
+                        if name:
+                            totals[f"loss/{name}"] = totals.get(f"loss/{name}", 0) + loss.detach()
+                        whole = whole + losses.detach()
+                if (t_B := self.times(piece, key)) is not None:
+                    levels.append((t_B, whole.to(totals["loss"])))
+        return totals, levels
+
+    def fitting(self, batch: Sequence[Any], work: Callable[[], T]) -> T:
+        """What `work` returns, which computes gradients of `batch` piece by piece.
+
+        Where memory runs out, all of it is done again with pieces half as large, which stay so: the same draws, and up to rounding the same
+        gradients. Raises TrainingError where no piece is smaller.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            self._cut_smaller(batch, reason)  # only here are the tensors gone that the error held
+
+    def _cut_smaller(self, batch: Sequence[Any], reason: str) -> None:
+        for parameter in self.trainable.values():
+            parameter.grad = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        largest = max(map(self.size, batch))
+        most = largest if self.largest is None else min(largest, self.largest)
+        if most == 1 or self.cut(batch[0], 1) is None:
+            what = "one example at a time" if most == 1 else f"{most} examples, which cannot be computed apart"
+            raise TrainingError(f"Out of memory with {what}, in step {self.step + 1}: {reason} {self.way_out}")
+        self.largest = (most + 1) // 2
+        self.warnings["out_of_memory"] = (
+            f"out of memory with {most} examples at once: {reason} From here on it is at most {self.largest}, with the same gradients and "
+            "no batch lost; trainer.gradient_checkpointing=true may be faster."
+        )
 
     def _of_all(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes: of `totals`, which are returned, and of the gradients, where any process has one."""
@@ -200,7 +277,8 @@ class StepModule(L.LightningModule):
                     numbers.setdefault(name, {})[key] = value
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
         optimizer = {"groups": groups, "numbers": numbers}
-        return {"tensors": tensors, "optimizer": optimizer, "step": self.step, "seed": self.seed, "attempt": self.attempt}
+        plain = {"step": self.step, "seed": self.seed, "attempt": self.attempt, "largest": self.largest}
+        return {"tensors": tensors, "optimizer": optimizer, **plain}
 
     @torch.no_grad()
     def restore(self, checkpoint: dict, weights_only: bool = False) -> None:
@@ -236,6 +314,7 @@ class StepModule(L.LightningModule):
         for group, values in zip(self._groups(), plain["groups"], strict=bool(plain["groups"])):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         self.step, self.attempt = checkpoint["step"], max(self.attempt, checkpoint["attempt"])
+        self.largest = min(filter(None, (self.largest, checkpoint.get("largest"))), default=None)  # older checkpoints have none
 
     def check_finite(self) -> None:
         """Raises TrainingError if any trained weight is not finite: such weights are never saved."""
@@ -246,6 +325,8 @@ class StepModule(L.LightningModule):
 
 class DenoiserModule(StepModule):
     """Trains a denoiser of any family, or an adapter in it, by the family's own objective. Micro-batches are `types.Batch`es."""
+
+    way_out = "Lower data.resolution, or set trainer.gradient_checkpointing=true, family.dtype=bfloat16 or trainer.quantize=nf4."
 
     def __init__(
         self, family: Family, denoiser: nn.Module, process: Process, objective: Objective, trainable: dict, live: LiveText, **settings
@@ -260,3 +341,22 @@ class DenoiserModule(StepModule):
 
     def losses(self, micro: Batch, key: tuple) -> Tensor:
         return self.objective.losses(self.family, self.denoiser, self.process, self.live.batch(micro), *key)
+
+    def times(self, micro: Batch, key: tuple) -> Tensor:
+        return self.objective.times_of(self.process, micro, *key)
+
+    def cut(self, micro: Batch, size: int) -> list[Batch] | None:
+        if is_split(self.denoiser):  # whose parts are passed around in every pass: no process can do one again alone
+            return None
+        return [micro.rows(first, min(first + size, len(micro))) for first in range(0, len(micro), size)]
+
+    @torch.no_grad()
+    def weight_norms(self) -> dict[str, float]:
+        """By the names that `numbers.py` lists, in the network's order."""
+        components, blocks = {self.family.denoiser_name, *self.live.networks}, {}
+        for name, parameter in self.trainable.items():
+            place = place_of(name if name.partition(".")[0] in components else f"{self.family.denoiser_name}.{name}")
+            block = place.block if place.component == self.family.denoiser_name else f"{place.component}.{place.block}"
+            blocks.setdefault(f"weight_norm/{block}", []).append(parameter)
+        norms = [torch.stack(torch._foreach_norm(own)).norm() for own in blocks.values()]
+        return dict(zip(blocks, torch.stack(norms).tolist(), strict=True))

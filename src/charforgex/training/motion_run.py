@@ -74,12 +74,13 @@ class Learning:
 
 def train_motion(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes = ALONE) -> dict[str, Any]:
     """Returns what result.json holds. See `training.run.run`."""
-    with quiet():
-        return _train(cfg, settings, run_dir, going_on, processes)
-
-
-def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, processes: Processes) -> dict[str, Any]:
     job = Job(cfg, settings, run_dir, speaker(processes), Clock(run_dir), processes)
+    with quiet(), job.events:
+        return _train(job, going_on)
+
+
+def _train(job: Job, going_on: bool) -> dict[str, Any]:
+    cfg, settings, run_dir, processes = job.cfg, job.settings, job.run_dir, job.processes
     set_threads(settings.trainer.threads)
     family = registry.get(cfg.family.name)
     device = choose_device(settings.trainer.accelerator)
@@ -130,7 +131,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, p
         torch.cuda.reset_peak_memory_stats()
     stopped = fit(
         module, checkpoints, settings.trainer, loggers, job.console, measuring or (lambda step: None), settings.evaluation.every,
-        lambda: {measuring.best_step},
+        lambda: {measuring.best_step}, job.events,
     )  # fmt: skip
     if processes.is_first:
         job.clock.save()
@@ -242,13 +243,13 @@ def show_plan(
         rate = module.solvers["spatial"].param_groups[0]["lr"]
         alone = f", in {1 - motion.masked:.0%} of the steps" if learning.temporal else ""
         lines.append(("look", f"a LoRA of its own, lr {rate:g}, on single frames{alone}, dropout {motion.dropout:g}"))
-    report.show(job.console, "Objective", lines)
+    job.show("Objective", lines)
     count = f"{len(data.items)} clips of {data.frames} frames at {float(data.fps):g} a second to train on, {len(data.val_items)} held out"
-    report.show(job.console, "Data", report.data_lines(family, tokenizers, data, told=("clips", count)))
+    job.show("Data", report.data_lines(family, tokenizers, data, told=("clips", count)))
     expected, _ = report.trial(module, s.trainer.steps)
     encoded = f"{made['latent']} clips and {made['text']} captions encoded, the rest was cached"
     memory = f"{report.peak_memory_bytes() / 2**30:.2f} GiB so far"
-    report.show(job.console, "Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
+    job.show("Plan", [("cache", encoded), ("time", expected), ("memory", memory), ("folder", str(job.run_dir))])
 
 
 # ---- while it trains ----
@@ -299,10 +300,10 @@ class Measuring:
         if not self.job.processes.is_first:
             return
         runs.write_json(run_dir / "scores.json", {"base": plain(self.base), "checkpoints": [plain(s) for s in self.history]})
-        for logger in self.module.trainer.loggers:
-            logger.log_metrics(as_metrics(scores, self.base, self.value(scores)), step=step)
-        self.knowing.sheet(clips, run_dir / "samples" / f"step-{step:08d}.png", f"step {step}")
-        self.knowing.gif(clips, run_dir / "samples" / f"step-{step:08d}.gif")
+        sheet, moving = (run_dir / "samples" / f"step-{step:08d}.{suffix}" for suffix in ("png", "gif"))
+        self.knowing.sheet(clips, sheet, f"step {step}")
+        self.knowing.gif(clips, moving)
+        self.module.tell(step, as_metrics(scores, self.base, self.value(scores)), {"samples": sheet, "clips": moving})
         self.job.clock.save()
         moves, still = scores.moves, self.base.moves
         told = ", ".join(f"{name} {moves[name]:.3f} (base {still[name]:.3f})" for name in moves)
@@ -330,6 +331,8 @@ def finish(
         clips = measuring.knowing.draw()
     measuring.knowing.sheet(clips, run_dir / "sheet.png", job.cfg.name)
     measuring.knowing.gif(clips, run_dir / "clips.gif")
+    for name, path in (("sheet", run_dir / "sheet.png"), ("clips", run_dir / "clips.gif")):
+        job.events.picture(name, path, best.step)
     draw_motion_curves(read_log(run_dir / "metrics.csv"), run_dir / "curves.png", best.step)
     result = {
         **{name: None if file is None else str(file) for name, file in files.items()},

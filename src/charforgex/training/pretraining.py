@@ -42,6 +42,7 @@ from charforgex.quiet import quiet
 from charforgex.training import filming, report, stages
 from charforgex.training.checkpoints import load_last_good
 from charforgex.training.detecting import FacesModule
+from charforgex.training.events import Events
 from charforgex.training.interpolating import FlowModule, Moves
 from charforgex.training.job import choose_device
 from charforgex.training.logs import StepLog
@@ -104,11 +105,11 @@ class Draws(Dataset):
 
 def run_pretraining(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     """Trains one stage. Returns result.json: the measures on pictures that were not trained on, and where the weights are."""
-    with quiet():
-        return _run(cfg, settings, run_dir, going_on)
+    with quiet(), Events(run_dir) as events:
+        return _run(cfg, settings, run_dir, going_on, events)
 
 
-def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
+def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool, events: Events) -> dict[str, Any]:
     options = bind(PretrainSettings, cfg.pretrain, "pretrain")
     if options.family == "animatediff" and options.stage != "base" and options.stage not in EMBEDDED:
         raise ConfigError(f"pretrain.stage={options.stage}: of animatediff only the base is trained, the rest is SDXL's; say base.")
@@ -125,12 +126,14 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
     if not going_on:
         runs.save_config(run_dir, cfg)
         runs.write_provenance(run_dir, seed=cfg.seed)
-    else:
+    events.begin(name=cfg.name, steps=settings.trainer.steps)
+    if going_on:
         checkpoint, problems = load_last_good(run_dir / "checkpoints")
         for problem in problems:
             console.print(f"[yellow]{problem} Falling back to the one before.")
         if checkpoint is not None:
             module.restore(checkpoint)
+        events.tell("resumed", module.step)
     log = StepLog(run_dir / "metrics.csv", module.step)
     measures: dict[str, float] = {}
 
@@ -139,13 +142,13 @@ def _run(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> 
         with module.averaged():
             measures.update(module.measure(unseen) if hasattr(module, "measure") else {})
         module.train()
-        log.log_metrics(measures, step=step)
+        module.tell(step, measures, {})
         console.print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in measures.items()), highlight=False)
         clock.save()
 
     count = sum(p.numel() for p in module.trainable.values())
     report.show(console, "Pre-training", [("stage", options.stage), ("parameters", f"{count / 1e6:.2f} M"), ("folder", str(run_dir))])
-    stopped = fit(module, run_dir / "checkpoints", settings.trainer, [log], console, measure, settings.evaluation.every, set)
+    stopped = fit(module, run_dir / "checkpoints", settings.trainer, [log], console, measure, settings.evaluation.every, set, events)
     clock.save()
     if stopped is not None:
         console.print(f"Stopped at step {module.step}; all is saved. The same command goes on from there.")

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -110,16 +111,21 @@ def trial(module: DenoiserModule, steps: int, grids: Sequence[tuple[int, int]] =
     """
     device = next(iter(module.trainable.values())).device
     batch = [micro.to(device) for micro in next(iter(module.make_loader(0)))]
-    with module.casting():
-        for grid in grids:
-            module.losses(resized(batch[0], grid), ("trial",)).mean().backward()
-        started = time.perf_counter()
-        for micro in batch:
-            for _, losses in module.parts(micro, ("trial",)):
-                losses.mean().backward()
+
+    def once() -> float:
+        with module.casting():
+            for grid in grids:
+                module.losses(resized(module.pieces(batch[0])[0], grid), ("trial",)).mean().backward()
+            started = time.perf_counter()
+            for piece in (piece for micro in batch for piece in module.pieces(micro)):
+                with closing(module.parts(piece, ("trial",))) as parts:
+                    for _, losses in parts:
+                        losses.mean().backward()
+            return time.perf_counter() - started
+
+    seconds = module.fitting(batch, once)
     for parameter in module.trainable.values():
         parameter.grad = None
-    seconds = time.perf_counter() - started
     return f"about {seconds * steps / 60:.1f} min for {steps} steps, by one trial step of {seconds:.2f} s (measuring comes on top)", seconds
 
 

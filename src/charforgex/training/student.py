@@ -44,6 +44,8 @@ Layers = dict[str, list[tuple[Layer, float]]]  # of the denoiser by path, with t
 class Student(DenoiserModule):
     """Trains the student alone; teachers answer without gradients."""
 
+    way_out = "Set gradient_checkpointing=true, or precision=bfloat16."
+
     def __init__(self, teachers: Teachers, said: Said, *arguments, **settings):
         super().__init__(*arguments, **settings)
         self.teachers, self.said, self.acting = teachers, said, acting(self.denoiser)
