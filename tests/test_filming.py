@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from charforgex.errors import ConfigError
+from charforgex.errors import ConfigError, DataError
 from charforgex.filming import Output, check_output, comment_of, writing
 from charforgex.videos import clock, frames
 
@@ -131,8 +131,20 @@ def test_sound_is_taken_over_and_stays_where_it_was(tmp_path, offset):
     for name in ("out.mp4", "out.mkv"):
         make(tmp_path / name, range(12), sound=source, rate=Fraction(10))
         assert loud_at(tmp_path / name) == pytest.approx(before, abs=0.03)
-    with pytest.raises(ConfigError, match=r"out\.webm cannot hold the sound of source\.mkv \(aac\); name an \.mkv, or say sound=false"):
+    with pytest.raises(ConfigError, match=r"out\.webm cannot hold the sound of source\.mkv \(aac\); choose \.mkv, or say sound=false"):
         make(tmp_path / "out.webm", range(2), sound=source)
+
+
+def test_sound_that_is_damaged_is_said_in_one_line(tmp_path):
+    """Its times run backwards: the head of a block of Matroska's second track has the time in bytes 4 and 5."""
+    data = beeping(tmp_path / "source.mkv", at=0, seconds=1, name="pcm_s16le").read_bytes()
+    pieces = data.split(b"\xa3\x48\x04\x82")
+    assert len(pieces) > 30
+    pieces[20] = b"\xff\x00" + pieces[20][2:]  # 256 before its cluster begins
+    (tmp_path / "broken.mkv").write_bytes(b"\xa3\x48\x04\x82".join(pieces))
+    with pytest.raises(DataError, match=r"broken\.mkv: its sound is damaged: .*; say sound=false, or write what is left"):
+        make(tmp_path / "out.mkv", range(12), sound=tmp_path / "broken.mkv", rate=Fraction(10))
+    assert not (tmp_path / "out.mkv").exists()
 
 
 def test_a_comment_and_a_video_without_sound(tmp_path):

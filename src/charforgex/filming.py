@@ -5,6 +5,7 @@ Pixels are uint8 RGB (H, W, 3); times are seconds from the first frame on, as fr
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from charforgex.errors import ConfigError
 from charforgex.gifs import Spool
 from charforgex.runs import TEMPORARY, fsync_folder, replace_atomic
-from charforgex.videos import check_pyav, opened, start
+from charforgex.videos import Unreadable, check_pyav, mend, opened, pictures, start
 
 if TYPE_CHECKING:
     import av
@@ -37,6 +38,7 @@ HOLDS = {  # what a file may hold by its suffix; its first codec where nobody ch
     ".mp4": ("h264", "h265", "av1"), ".mov": ("h264", "h265"), ".mkv": ("h264", "h265", "av1", "vp9", "ffv1"), ".webm": ("vp9", "av1"),
     ".gif": (), ".apng": (), "": (),
 }  # fmt: skip
+FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}  # which have sound
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Output:
     """`clock` ticks a second: every frame's time is a multiple of 1 / clock, as far as the format allows (GIF 1/100, Matroska 1/1000).
 
     `rate` is what players are told, frames a second. `sound` is a video whose sound is taken over as it is, in sync: its times count from
-    that video's first frame. `comment` goes into the file, and `comment_of` reads it.
+    that video's first frame, and it ends with it, or after `seconds`. `comment` goes into the file, and `comment_of` reads it.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Output:
     codec: Codec | None = None
     crf: int | None = None
     sound: Path | None = None
+    seconds: Fraction | None = None
     comment: str = ""
 
 
@@ -91,13 +94,29 @@ def encoder(codec: Codec) -> str | None:
     return None
 
 
+def check_sound(path: Path, source: Path) -> None:
+    """Raises ConfigError if a file of that suffix cannot hold the sound of `source`, DataError if that is no video."""
+    import av
+
+    with opened(source) as container:
+        if not container.streams.audio:
+            return
+        context = container.streams.audio[0].codec_context
+        with av.open(io.BytesIO(), "w", format=FORMATS[path.suffix.lower()]) as out:
+            if context is None or context.name not in out.supported_codecs:
+                name = context.name if context else "unknown"
+                raise ConfigError(f"{path.name} cannot hold the sound of {source.name} ({name}); choose .mkv, or say sound=false.")
+
+
 @contextmanager
 def writing(output: Output) -> Iterator[Writer | Folder]:
     """Where frames go, in order. When the block ends well, the whole video is at `output.path`; else all is as it was.
 
-    Raises ConfigError for a suffix, codec or sound that do not go together.
+    Raises ConfigError for a suffix, codec or sound that do not go together, DataError for sound that is damaged.
     """
     codec = check_output(output.path, output.codec)
+    if output.sound is not None:
+        check_sound(output.path, output.sound)
     if output.path.suffix == "":
         yield from _folder(output)
         return
@@ -152,20 +171,8 @@ class Writer:
         if not source.streams.audio:
             return
         stream = source.streams.audio[0]
-        if stream.codec_context is None or stream.codec_context.name not in self.container.supported_codecs:
-            name = stream.codec_context.name if stream.codec_context else "unknown"
-            raise ConfigError(f"{self.output.path.name} cannot hold the sound of {path.name} ({name}); name an .mkv, or say sound=false.")
         self.sound = self.container.add_stream_from_template(stream)
-        shift = round(start(source.streams.video[0]) / stream.time_base)
-
-        def packets():
-            for packet in source.demux(stream):
-                if packet.dts is None:  # the last one, which is empty
-                    continue
-                packet.pts, packet.dts = (None if stamp is None else stamp - shift for stamp in (packet.pts, packet.dts))
-                yield packet
-
-        self.packets = packets()
+        self.packets = _packets(source, stream, path, inf if self.output.seconds is None else self.output.seconds)
         self.waiting = next(self.packets, None)
 
     def write(self, pixels: np.ndarray, time: Fraction, lasts: Fraction) -> None:
@@ -218,9 +225,14 @@ class Writer:
         return frame
 
     def _mux_sound(self, until: Fraction | float) -> None:
+        import av
+
         while self.waiting is not None and self.waiting.dts * self.waiting.time_base <= until:
             self.waiting.stream = self.sound
-            self.container.mux(self.waiting)
+            try:
+                self.container.mux(self.waiting)
+            except av.error.ArgumentError as error:  # of times that run backwards, not of a disk that is full
+                raise _unsound(self.output.sound, error) from error
             self.waiting = next(self.packets, None)
 
     def finish(self) -> None:
@@ -234,6 +246,31 @@ class Writer:
         self.container.close()
         if self.output.comment and self.codec is None:
             add_comment(self.temporary, self.output.comment)
+
+
+def _packets(source: av.container.InputContainer, stream: av.AudioStream, path: Path, until: Fraction | float) -> Iterator[av.Packet]:
+    """Of the sound, by the clock of the pictures, those that begin before `until`. Raises Unreadable."""
+    import av
+
+    shift = round(start(pictures(source)) / stream.time_base)
+    packets = source.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError as error:
+            raise _unsound(path, error) from error
+        if packet is None:
+            return
+        if packet.dts is None:  # the last one, which is empty
+            continue
+        packet.pts, packet.dts = (None if stamp is None else stamp - shift for stamp in (packet.pts, packet.dts))
+        if packet.dts * packet.time_base >= until:
+            return
+        yield packet
+
+
+def _unsound(path: Path, error: av.FFmpegError) -> Unreadable:
+    return Unreadable(path, "corrupt", f"its sound is damaged: {error.strerror}; say sound=false, or {mend(path)}")
 
 
 def add_comment(path: Path, comment: str) -> None:

@@ -6,6 +6,7 @@ One thread decodes, so that the same file always gives the same frames.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 # Playlists and concatenations are formats to FFmpeg too, and open other files and addresses. Only these are tried, whatever the name says.
 OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif,apng",
     "protocol_whitelist": "file",
 }
 TIMEOUT = 30.0  # seconds for the file system to answer
 FASTEST = 240  # frames per second of the longest video: bounds files whose clock stands still
 MAX_PIXELS = 1 << 26  # of a frame; 8K has half as many
+SAID = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)")  # how Matroska says of a stream when it ends
 NEEDS = "reading and writing videos needs PyAV: pip install 'charforgex[video]'"
 
 
@@ -101,7 +103,7 @@ def clock(path: Path) -> Clock:
     if not path.is_file():
         raise DataError(f"{path} is no file; name a video.")
     with opened(path) as container:
-        stream = container.streams.video[0]
+        stream = pictures(container)
         return Clock(Fraction(stream.average_rate or 25), Fraction(stream.time_base))
 
 
@@ -113,7 +115,7 @@ def mend(path: Path) -> str:
 def decoded(path: Path, max_pixels: int, max_minutes: float, problems: list[Problem]) -> Iterator[Decoded]:
     """All frames that are whole. What goes wrong on the way is added to `problems`. Raises Unreadable if there is nothing to decode."""
     with opened(path) as container:
-        stream = container.streams.video[0]
+        stream = pictures(container)
         context = stream.codec_context
         if context is None:
             raise Unreadable(path, "unsupported", "its codec is not known")
@@ -136,13 +138,38 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
     except Exception as error:  # like Pillow's, these are of nearly every type
         raise Unreadable(path, "corrupt", f"it is damaged, incomplete, or no video: {_said(error)}") from error
     with container:
-        if not container.streams.video:
-            raise Unreadable(path, "unsupported", "it has no pictures, only sound or data")
+        if pictures(container) is None:
+            raise Unreadable(path, "unsupported", "it has no moving pictures, only sound or data")
         yield container
 
 
-def start(stream) -> Fraction:
+def pictures(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first stream of pictures that is not a record's cover."""
+    from av.stream import Disposition
+
+    return next((stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic), None)
+
+
+def start(stream: av.VideoStream) -> Fraction:
+    """The first picture's time by the file's own clock, in seconds."""
     return (stream.start_time or 0) * stream.time_base
+
+
+def said_end(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float, bool]:
+    """When the file says that it ends, in seconds by its own clock, 0 if it does not; and whether it says so of the pictures alone.
+
+    Only of AVI the number of frames counts: MP4 that was cut without being encoded anew holds more of them than it shows.
+    """
+    import av
+
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        return float(start(stream) + stream.frames / stream.average_rate), True
+    if stream.duration:
+        return float(start(stream) + stream.duration * stream.time_base), True
+    if found := SAID.match(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = map(float, found.groups())
+        return 3600 * hours + 60 * minutes + seconds, True
+    return (container.duration or 0) / av.time_base, False
 
 
 def _decoded(container, stream, max_minutes: float, problems: list[Problem]) -> Iterator[Decoded]:
@@ -151,7 +178,6 @@ def _decoded(container, stream, max_minutes: float, problems: list[Problem]) -> 
     aspect = float(stream.sample_aspect_ratio or 1)
     aspect = aspect if 0.25 <= aspect <= 4 else 1.0
     began, step = start(stream), 1 / Fraction(stream.average_rate or 25)
-    duration = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
     time, lasts, count, damaged, clean = -step, step, 0, 0, True
     packets = container.demux(stream)
     while True:
@@ -176,13 +202,12 @@ def _decoded(container, stream, max_minutes: float, problems: list[Problem]) -> 
             if clean and not frame.is_corrupt:
                 count += 1
                 yield Decoded(max(Fraction(0), time), frame, aspect, lasts)
-    end, near = float(time + max(lasts, step)), float(2 * step)
+    said, of_pictures = said_end(container, stream)
+    missing, seconds = said - float(began + time + max(lasts, step)), said - float(began)
     if damaged:
         problems.append(Problem("corrupt", f"damaged places in it: {damaged}"))
-    elif duration - end > max(1.0, 0.1 * duration) or (stream.duration and duration - end > near + 0.1):
-        problems.append(Problem("corrupt", f"it breaks off after {float(time + step):.1f} of {duration:.1f} seconds"))
-    elif stream.frames - count > max(3, 0.1 * stream.frames):
-        problems.append(Problem("corrupt", f"it breaks off after {count} of {stream.frames} frames"))
+    elif missing > max(1.0, 0.1 * seconds) or (of_pictures and missing > float(2 * step) + 0.1):
+        problems.append(Problem("corrupt", f"it breaks off after {float(time + step):.1f} of {seconds:.1f} seconds"))
 
 
 def _said(error: Exception) -> str:
@@ -190,7 +215,8 @@ def _said(error: Exception) -> str:
 
 
 def upright(frame: av.VideoFrame, aspect: float, longest: int | None = None) -> Image.Image:
-    """RGB as players show it: the colours of its standard, square pixels, turned by its display matrix. At most `longest` pixels a side."""
+    """RGB as players show it: the colours of its standard, on white, square pixels, turned by its display matrix. At most `longest` pixels
+    a side."""
     from av.video.reformatter import Colorspace, Interpolation
     from PIL import Image
 
@@ -202,8 +228,11 @@ def upright(frame: av.VideoFrame, aspect: float, longest: int | None = None) -> 
     stored = (frame.width, frame.height)
     if longest is not None and max(size) > longest:
         size = stored = tuple(max(1, round(side * longest / max(size))) for side in size)
-    pixels = frame.reformat(*stored, format="rgb24", src_colorspace=source, interpolation=how, threads=1).to_ndarray()
-    picture = Image.fromarray(pixels)
+    clear = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    layout = "rgba" if clear else "rgb24"
+    picture = Image.fromarray(frame.reformat(*stored, format=layout, src_colorspace=source, interpolation=how, threads=1).to_ndarray())
+    if clear:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     turn = _turn(frame)

@@ -21,6 +21,7 @@ from charforgex import filming, videos
 from charforgex.config import compose
 from charforgex.errors import CharForgeError, ConfigError, DataError, LoraError, ModelError
 from charforgex.families.animatediff import AnimateDiff
+from charforgex.families.animatediff_sdxl import AnimateDiffSdxl
 from charforgex.families.sdxl import Sdxl
 from charforgex.families.spelled import Sd15
 from charforgex.filming import Output
@@ -31,8 +32,9 @@ from charforgex.generation.run import generate
 from charforgex.lora import metadata, writing
 from charforgex.lora.state import Lora, LoraLayer
 from charforgex.videos import Frame
+from tests.test_filming import beeping, loud_at
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 FAMILY = AnimateDiff()
 QUICK = {"mode": "video", "steps": 2, "width": 32, "height": 32, "sheet": False}
 
@@ -200,6 +202,20 @@ def test_clips_from_pictures_and_videos(base, tmp_path):
         make(base, tmp_path / "long", init=video, frames=9)
 
 
+def test_clips_from_a_video_have_its_sound(base, tmp_path):
+    """In sync, and no longer than the clip; also with frames between."""
+    video = beeping(tmp_path / "beeping.mkv", at=0.6, seconds=2, offset=0.5)
+    run = make(base, tmp_path / "a", init=video, frames=6, fps=8, interpolate=2)
+    assert loud_at(run["clips"][0]["file"]) == pytest.approx(loud_at(video), abs=0.03) == pytest.approx(0.1, abs=0.06)
+    with av.open(run["clips"][0]["file"]) as container:
+        audio = container.streams.audio[0]
+        assert float(audio.duration * audio.time_base) == pytest.approx(6 / 8, abs=0.03)
+    for more in ({"sound": False}, {"format": "gif"}):
+        run = make(base, tmp_path / "-".join(more), init=video, frames=2, **more)
+        with av.open(run["clips"][0]["file"]) as container:
+            assert not container.streams.audio
+
+
 def test_frames_at_another_rate():
     """The nearest ones in time, of frames that come unevenly: at 0, 1, 4 and 5 tenths of a second, the last for two of them."""
     frames = [
@@ -284,7 +300,11 @@ def test_a_loop_is_smooth_over_its_end(tmp_path):
         ({"strength": 0.5}, r"strength=0.5 has no effect without init"),
         ({"keep_first": True}, r"keep_first=true has no effect without init"),
         ({"init": "nothing.png"}, r"init=nothing.png is no file"),
-        ({"init": "here.gif"}, r"init=here.gif: moving GIF is not read; name a video such as .mp4"),
+        ({"sound": False}, r"sound=false has no effect without init=<a video>"),
+        (
+            {"init": "beeping.mkv", "format": "webm"},
+            r"clip.webm cannot hold the sound of beeping.mkv \(aac\); choose .mkv",
+        ),
         ({"guidance_rescale": 0.7}, r"guidance_rescale=0.7 is for pictures"),
         ({"true_guidance": 2}, r"true_guidance=2 has no meaning for animatediff"),
         ({"guidance": 1, "negative": "dark"}, r"negative=dark has no effect with guidance=1"),
@@ -296,7 +316,8 @@ def test_a_loop_is_smooth_over_its_end(tmp_path):
 )
 def test_refused_before_weights_load(weightless, tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
-    Path("here.gif").write_bytes(b"GIF89a")
+    if settings.get("init") == "beeping.mkv":
+        beeping(Path("beeping.mkv"), at=0.1, seconds=1)
     with pytest.raises(ConfigError, match=message):
         make(weightless, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -330,6 +351,24 @@ def test_loras_and_bases_of_other_families(base, weightless, motion, tmp_path):
         make(tmp_path / "sdxl", tmp_path / "out")
     with pytest.raises(ConfigError, match=r"family=animatediff makes clips.* say mode=video"):
         make(base, tmp_path / "out", "family=animatediff", mode="picture", frames=None)
+
+
+def test_a_characters_lora_of_sdxl_makes_clips_of_sdxl(tmp_path):
+    """The file alone says of which family, its base and its trigger; and its strength counts."""
+    family, base = AnimateDiffSdxl(), tmp_path / "tiny-xl"
+    parts = family.tiny()
+    family.pipeline(parts).save_pretrained(base)
+    lora = layers(".attentions.", family)
+    header = metadata.build(lora, Sdxl(), title="anna", base=str(base), trigger="anna")
+    path = writing.write(lora, tmp_path / "anna.safetensors", "kohya", family, parts.denoiser.config, torch.float32, header)
+    run = charforgex.generate(
+        lora=path, scales=[[0], [1]], prompt="a portrait of {trigger}", seeds=[5], frames=2, format="mkv", codec="ffv1",
+        out=tmp_path / "out", **QUICK,
+    )  # fmt: skip
+    assert (run["family"], run["base"], run["clips"][0]["prompts"]) == ("animatediff_sdxl", str(base), ["a portrait of anna"])
+    without, with_anna = (shown(clip["file"]) for clip in run["clips"])
+    assert without.shape == (2, 32, 32, 3) and np.abs(without - with_anna).max() > 1
+    assert read_recipe(run["clips"][1]["file"]).scheduler_class == "EulerDiscreteScheduler"
 
 
 def test_sd15_is_known_by_its_metadata(base, character, tmp_path):

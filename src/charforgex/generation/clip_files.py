@@ -22,11 +22,12 @@ SHOWN = 8  # frames of a strip
 
 
 def write_clip(
-    frames: Iterable[np.ndarray], path: Path, recipe: Recipe, codec: Codec | None = None, crf: int | None = None, strip: bool = True
-) -> dict[str, Any]:
+    frames: Iterable[np.ndarray], path: Path, recipe: Recipe, codec: Codec | None = None, crf: int | None = None, strip: bool = True,
+    sound: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Writes uint8 frames (H, W, 3) to a path whose suffix is the format, and pictures beside it. Returns the paths, frames and fps.
 
-    The recipe says how many frames there are, how fast they pass, and how many are put between them.
+    The recipe says how many frames there are, how fast they pass, and how many are put between them. `sound` is a video that has it.
     """
     clip = recipe.clip
     rate = interpolate.as_rate(clip.fps)
@@ -41,7 +42,7 @@ def write_clip(
 
     faster = rate * (clip.interpolate or 1)
     count = 0
-    with filming.writing(Output(path, faster, faster.numerator, codec, crf, comment=comment(recipe))) as out:
+    with filming.writing(Output(path, faster, faster.numerator, codec, crf, sound, clip.frames / rate, comment(recipe))) as out:
         for pixels, time, lasts in smoothed(timed(), clip, rate) if clip.interpolate else timed():
             out.write(pixels, time, lasts)
             count += 1

@@ -143,17 +143,18 @@ def shown(paths: list[Path], seconds: Fraction, lasts: Fraction) -> Iterator[Fra
 
 def planned(settings: Settings, clock: videos.Clock | None) -> tuple[Output, Moments]:
     """Where the frames go, and at which times they are; without a `clock` those of pictures."""
-    holds = bool(filming.HOLDS[settings.out.suffix.lower()])
+    holds = settings.out.suffix.lower() in filming.FORMATS
     sound = settings.source if settings.sound and holds and clock else None
     fps = settings.fps if clock else settings.fps or FPS
     how = f"fps={fps:g}" if fps else f"factor={settings.factor or 2}"
     comment = f"charforgex {version('charforgex')} interpolate {how} by={settings.by}"
     if fps is not None:
         rate = as_rate(fps)
-        return Output(settings.out, rate, rate.numerator, settings.codec, settings.crf, sound, comment), evenly(rate)
+        return Output(settings.out, rate, rate.numerator, settings.codec, settings.crf, sound, comment=comment), evenly(rate)
     factor = settings.factor or 2
     ticks = clock.tick.denominator * factor
-    output = Output(settings.out, clock.rate * factor, ticks if ticks < FINEST else 90_000, settings.codec, settings.crf, sound, comment)
+    ticks = ticks if ticks < FINEST else 90_000
+    output = Output(settings.out, clock.rate * factor, ticks, settings.codec, settings.crf, sound, comment=comment)
     return output, divided(factor)
 
 

@@ -113,7 +113,8 @@ def generate_clips(cfg: Any, settings: Settings) -> dict[str, Any]:
             recipe = recipe_of(job, settings, common, hash_of_base(), loras)
             with enough_memory("batch_size=1, or a smaller width and height"):
                 frames = decode_frames(stack.family, parts, latents, settings.batch_size)
-                clips[job.number] = write_clip(frames, job.path, recipe, settings.codec, settings.crf, settings.sheet) | {
+                how = settings.codec, settings.crf, settings.sheet, sound_of(settings)
+                clips[job.number] = write_clip(frames, job.path, recipe, *how) | {
                     "templates": list(job.templates), "prompts": list(job.prompts), "seed": job.seed,
                     "scales": {adapter.name: scale for adapter, scale in zip(stack.adapters, job.strengths, strict=True)},
                 }  # fmt: skip
@@ -155,8 +156,16 @@ def read_scenes(settings: Settings) -> list[tuple[str, ...]]:
 def _check_format(settings: Settings) -> None:
     path = Path("clip" if settings.format == "frames" else f"clip.{settings.format}")
     codec = filming.check_output(path, settings.codec)
+    if (sound := sound_of(settings)) is not None:
+        filming.check_sound(path, sound)
     if settings.crf is not None and (codec is None or filming.ENCODERS[codec][1] is None):
         raise ConfigError(f"crf={settings.crf} would have no effect: {codec or settings.format} keeps all that it can; leave it out.")
+
+
+def sound_of(settings: Settings) -> Path | None:
+    """The video whose sound the clips have: they have its times."""
+    heard = settings.sound and not settings.is_from_picture and f".{settings.format}" in filming.FORMATS
+    return settings.init if heard else None
 
 
 def film_of(settings: Settings, stack: Stack) -> Film:

@@ -13,7 +13,6 @@ from charforgex.families.settings import Positive
 from charforgex.filming import Codec
 from charforgex.generation.interpolate import PICTURES
 
-MOVING = (".gif", ".apng")
 STRENGTH = 0.6  # where nothing is said
 
 
@@ -32,6 +31,7 @@ class VideoSettings:
     init: Path | None = None
     strength: Annotated[float, Range(above=0, at_most=1)] | None = None
     keep_first: bool | None = None
+    sound: bool = True
     format: Literal["mp4", "webm", "mkv", "mov", "gif", "apng", "frames"] = "mp4"
     codec: Codec | None = None
     crf: Annotated[int, Range(at_least=0, at_most=63)] | None = None
@@ -50,10 +50,8 @@ class VideoSettings:
                 raise ConfigError(f"{name}={show(getattr(self, name))} has no effect without init=<a picture or a video>.")
         if self.init is not None and not self.init.is_file():
             raise ConfigError(f"init={self.init} is no file; name a picture or a video.")
-        if self.init is not None and self.init.suffix.lower() in MOVING:
-            raise ConfigError(
-                f"init={self.init}: moving {self.init.suffix[1:].upper()} is not read; name a video such as .mp4, or a picture."
-            )
+        if not self.sound and (self.init is None or self.is_from_picture):
+            raise ConfigError("sound=false has no effect without init=<a video>.")
         if self.travel is not None:
             self._check_travel()
 
