@@ -92,7 +92,7 @@ def _moved(first: np.ndarray, second: np.ndarray, flow: np.ndarray, grid: np.nda
     for _ in range(STEPS):  # what is here now left from where its own flow led here
         moved = _at(flow, grid - time * moved)
     ways = -time * moved, (1 - time) * moved
-    one, two = (_at(frame, grid + way).astype(np.float32) for frame, way in zip((first, second), ways, strict=True))
+    one, two = (_at(frame, grid + way, crisp=True).astype(np.float32) for frame, way in zip((first, second), ways, strict=True))
     here, there = (_shown(grid + way) + UNSEEN for way in ways)
     share = (1 - time) * here / ((1 - time) * here + time * there)
     frame = share[..., None] * one + (1 - share[..., None]) * two
@@ -130,11 +130,11 @@ def strange(first: np.ndarray, second: np.ndarray) -> float:
     return min(shares)
 
 
-def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """`values` at (x, y), between pixels bilinearly; beyond the edge, the edge."""
+def _at(values: np.ndarray, places: np.ndarray, crisp: bool = False) -> np.ndarray:
+    """`values` at (x, y), between pixels bilinearly, or cubically, which keeps outlines `crisp`; beyond the edge, the edge."""
     import cv2
 
-    return cv2.remap(values, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(values, places, None, cv2.INTER_CUBIC if crisp else cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def by_network(net: IFNet, batch: int, tile: int | None) -> Method:
