@@ -28,10 +28,11 @@ def filled(name, overrides):
 
 
 CHOSEN_BY = {name: name for name in ("experiment", "debug", "family", "data", "evaluation", "loss", "optimizer", "text_encoder", "trainer")}
-CHOSEN_BY |= {"sweeps": "+sweeps", "adapter": "adapter@lora", "curation": "curation", "motion": "motion"}
+CHOSEN_BY |= {"sweeps": "+sweeps", "adapter": "adapter@lora", "curation": "curation", "motion": "motion", "backend": "backend"}
 MOTION = ("family=animatediff", "family=animatediff_v3", "family=animatediff_sdxl", "data=clips", "evaluation=motion", "motion=default")
 WITH = {"optimizer=muon": ["pretrain=charworld"], "optimizer=schedule_free": ["trainer.ema=0"]}  # what these cannot do without
 WITH |= {chosen: ["experiment=animatediff_motion"] for chosen in MOTION}
+WITH |= {f"backend={name}": ["family=sdxl_base"] for name in ("ai_toolkit", "kohya")}
 
 
 @pytest.mark.parametrize("group", CHOSEN_BY)

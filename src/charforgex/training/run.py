@@ -69,6 +69,10 @@ def check(cfg: DictConfig) -> Settings:
     if not of_motion and not settings.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty; the identity curve needs at least one prompt.")
     bind(LoggerSettings, cfg.logger, "logger")
+    if "backend" in cfg:
+        from charforgex.backends.run import check as check_backend
+
+        check_backend(cfg)
     # These two have their schema where torch is, which a good config needs next anyway.
     from charforgex.training.losses import Objective
 
@@ -209,6 +213,10 @@ def run_here(cfg: DictConfig, settings: Settings, processes: Processes) -> dict[
         from charforgex.training.pretraining import run_pretraining
 
         return run_pretraining(cfg, settings, run_dir, going_on)
+    if "backend" in cfg:
+        from charforgex.training.external import train_external
+
+        return train_external(cfg, settings, run_dir, going_on)
     if settings.motion is not None:
         from charforgex.training.motion_run import train_motion
 
