@@ -64,7 +64,7 @@ def test_each_yaml_says_what_it_is_for():
     for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")]:
         lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
         if path.parent.name in ("conf", "experiment", "debug", "sweeps"):
-            opening = ("# python ", "# charforgex ")
+            opening = ("# python ", "# charforgex ", "# wandb ")
             assert lines[0].startswith(opening), f"{path.relative_to(ROOT)} does not open with the command that uses it"
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -65,13 +64,13 @@ class ProcessesLauncher(Launcher):
                     print(f"job {initial_job_idx + index}: {' '.join(filter_overrides(overrides))}", flush=True)
                     receiver, sender = context.Pipe(duplex=False)
                     job = (self.hydra_context, self.task_function, self.config, list(overrides), initial_job_idx + index)
-                    process = context.Process(target=_job, args=(sender, slot, list(sys.argv), Singleton.get_state(), *job))
+                    process = context.Process(target=_job, args=(sender, slot, list(sys.argv), *job))
                     process.start()
                     sender.close()  # the child's own is the last one, so that its end is heard
                     running[receiver] = index, process, slot
                 for receiver in wait(list(running)):
                     index, process, _ = running.pop(receiver)
-                    found[index] = _answer(receiver, process)
+                    found[index] = _answer(receiver, process, job_overrides[index])
         except BaseException:
             _stop([process for _, process, _ in running.values()])
             raise
@@ -79,16 +78,24 @@ class ProcessesLauncher(Launcher):
 
 
 def _job(
-    sender: Connection, slot: str | None, argv: list[str], singletons: Any, hydra_context: HydraContext, task_function: TaskFunction,
-    config: DictConfig, overrides: list[str], number: int,
+    sender: Connection, slot: str | None, argv: list[str], hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig,
+    overrides: list[str], number: int,
 ) -> None:  # fmt: skip
     """In the child."""
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+
+    from charforgex.config import prepare
+
     if slot is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot
     sys.argv = argv  # the provenance of a run names the command
-    setup_globals()
-    Singleton.set_state(singletons)
-    job_config = hydra_context.config_loader.load_sweep_config(config, overrides)
+    Plugins.instance()  # they know how to read configs
+    prepare(next(Path(source.path) for source in config.hydra.runtime.config_sources if source.provider == "main"))
+    loader = hydra_context.config_loader
+    GlobalHydra.instance().initialize(Hydra(task_name=config.hydra.job.name, config_loader=loader))
+    job_config = loader.load_sweep_config(config, overrides)
     with open_dict(job_config):
         job_config.hydra.job.id, job_config.hydra.job.num = str(number), number
     HydraConfig.instance().set_config(job_config)
@@ -99,7 +106,7 @@ def _job(
     sender.send(done)
 
 
-def _answer(receiver: Connection, process: Any) -> JobReturn:
+def _answer(receiver: Connection, process: Any, overrides: Sequence[str]) -> JobReturn:
     """What the job returned, or a failure where it died first. Raises KeyboardInterrupt where it was stopped by one."""
     try:
         done = receiver.recv()
@@ -111,7 +118,7 @@ def _answer(receiver: Connection, process: Any) -> JobReturn:
     if process.exitcode == 130:
         raise KeyboardInterrupt
     ended = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-    lost = JobReturn(status=JobStatus.FAILED)
+    lost = JobReturn(overrides=overrides, status=JobStatus.FAILED)
     lost.return_value = Killed(f"its process ended with {ended}")
     return lost
 

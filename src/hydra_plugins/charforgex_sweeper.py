@@ -1,7 +1,7 @@
 """hydra/sweeper=charforgex: a search by Optuna among the settings of `train`. See docs/sweeps.md; the work is in charforgex.sweeping.
 
-Hydra imports every module of this namespace at each start, so nothing else is imported here; and before Python knows them, so that dataclasses
-with `from __future__ import annotations` fail.
+Hydra runs every module of this namespace at each start, so nothing heavy is imported here; and before `sys.modules` has it, so that
+dataclasses could not resolve annotations that are texts.
 """
 
 from dataclasses import dataclass, field

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict, read_write
 
 from charforgex import runs
 from charforgex.config import bind, complaints
@@ -53,6 +53,8 @@ def sweep(
 
     name = f"{settings.study}-{identity(settings, space, base)[:8]}"
     found = open_sweep(settings, space, name, composer.folder() or Path(base.runs_dir) / name, resource(base), base.seed)
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(found.folder)  # launchers put their own files there
     console = Console()
     console.print(f"[bold]{name}[/], {len(found.trials())} of {settings.trials} trials begun, in {found.folder}", highlight=False)
     values = OmegaConf.to_container(base, resolve=True)
@@ -73,7 +75,16 @@ def checked(settings: SweepSettings, space: Space, composer: Composer) -> tuple[
     if found := list(complaints(composer.search(), [f"{name}={text}" for name, text in space.texts.items()])):
         raise ConfigError("\n".join(found))
     base, choices = composer(space.fixed)
-    check_training(base)
+    devices = check_training(base).trainer.count
+    if settings.pruner != "none" and devices > 1:
+        raise ConfigError(
+            f"hydra.sweeper.pruner={settings.pruner} ends trials that one process trains, and trainer.devices asks for {devices}; "
+            "set hydra.sweeper.pruner=none."
+        )
+    if settings.pruner != "none" and "backend" in base:
+        raise ConfigError(
+            f"hydra.sweeper.pruner={settings.pruner}: another tool's training is measured at its end; set hydra.sweeper.pruner=none."
+        )
     if "pretrain" in base:
         raise ConfigError("a pre-training has no value to search by; leave pretrain out.")
     if "motion" in base and (wrong := [word for word in settings.objective if word not in OF_MOTION]):

@@ -54,12 +54,19 @@ def text(value: Any) -> str:
 def read_space(params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader) -> Space:
     """From the sweep's file and the command line, which wins. Raises ConfigError for what is no space or one of a single point."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     from charforgex.overrides import written
 
     parser = OverridesParser.create(config_loader=loader)
     lines = [f"{name}={value if isinstance(value, str) else written(value)}" for name, value in params.items()]
-    overrides = {override.get_key_element(): override for override in parser.parse_overrides([*lines, *arguments])}
+    overrides = {}
+    for line in [*lines, *arguments]:
+        try:
+            override = parser.parse_override(line)
+        except HydraException as error:
+            raise ConfigError(f"{line} cannot be read; {WAY_OUT}.") from error
+        overrides[override.get_key_element()] = override
     found, texts, fixed = {}, {}, []
     for name, override in overrides.items():
         if override.key_or_group in ITS_OWN:

@@ -96,16 +96,33 @@ class Sweep:
         begun = [trial for trial in known if FOLDER in trial.user_attrs]
         if len(begun) >= self.settings.trials:
             return None
-        if recipe and not any(trial.params == recipe for trial in begun) and not any(trial.state == WAITING for trial in known):
-            self.study.enqueue_trial(dict(recipe))
-        # What is tried depends on the seed and on what is known, not on how often the sweep was ended in between.
-        self.study.sampler = make_sampler(self.settings, seed_of(self.seed, "sweep", len(known)))
+        if not any(trial.state == WAITING for trial in known):
+            is_new = recipe and not any(trial.params == recipe for trial in begun)
+            self.study.enqueue_trial(dict(recipe) if is_new else self._proposal(known))
         trial = self.study.ask(self.space.params)
         folder = self.trial_folder(trial.number)
         lock_of(folder).parent.mkdir(parents=True, exist_ok=True)
         lock_of(folder).touch()
         trial.set_user_attr(FOLDER, folder.name)
         return self.study.trials[trial.number]
+
+    def _proposal(self, known: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """What to try, given what is known: it depends on that and on the seed, not on how often the sweep was ended in between.
+
+        Optuna's samplers overlook failures and would try their neighbourhood again; here they count as the worst there was.
+        """
+        sampler = make_sampler(self.settings, seed_of(self.seed, "sweep", len(known)))
+        shadow = optuna.create_study(
+            study_name=self.name,
+            directions=self.settings.directions,
+            sampler=sampler,
+            pruner=make_pruner(self.settings.pruner, self.resource),
+        )
+        for trial in known:
+            failed = trial.state == TrialState.FAIL and WHY in trial.user_attrs
+            worst = {"state": TrialState.PRUNED, "params": trial.params, "distributions": trial.distributions}
+            shadow.add_trial(optuna.trial.create_trial(**worst) if failed else trial)
+        return shadow.ask(self.space.params).params
 
 
 def make_sampler(settings: SweepSettings, seed: int) -> optuna.samplers.BaseSampler:
