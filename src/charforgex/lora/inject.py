@@ -6,6 +6,7 @@ loaded are all LoraErrors, raised before anything was changed.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -251,19 +252,30 @@ def same_output(network: nn.Module, component: str, expected: Lora, reloaded: Lo
         different = some(sorted(set(named) ^ set(wanted)))
         raise LoraError(f"The adapter to save and the one in {component} differ in their layers: {different}.")
     shell = nn.Module()
+    bases = {path: _whole(layer.get_base_layer(), path) for path, layer in live.items()}
     with _keeping_gradients(live.values()):
-        for path, layer in live.items():
-            _place(shell, path, layer.get_base_layer())
+        for path, base in bases.items():
+            _place(shell, path, base)
         parts = Components(f"the trained {component}", component, {component: shell})
         load_adapter(
             parts, Lora({f"{component}.{path}": layer for path, layer in reloaded.of(component).items()}), TRAINED, dtype=torch.float32
         )
         copies = _adapted(shell, TRAINED)
-        return [name for name, path in named.items() if not _agree(live[path], wanted[name], copies[path], path)]
+        return [name for name, path in named.items() if not _agree(live[path], bases[path], wanted[name], copies[path], path)]
 
 
-def _agree(live: nn.Module, values: Layer, copy: nn.Module, path: str) -> bool:
-    weight = live.get_base_layer().weight
+def _whole(base: nn.Module, path: str) -> nn.Module:
+    """The module; of one whose weights are split among devices a copy with drawn ones: adapters around it differ there as they do here."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in base.parameters()):  # a DTensor, whose import takes its time
+        return base
+    whole, generator = copy.copy(base), torch_generator("whole", path)
+    drawn = {name: torch.randn(split.shape, generator=generator).to(split.device, split.dtype) for name, split in base.named_parameters()}
+    whole._parameters = base._parameters | {name: nn.Parameter(value, requires_grad=False) for name, value in drawn.items()}
+    return whole
+
+
+def _agree(live: nn.Module, base: nn.Module, values: Layer, reloaded: nn.Module, path: str) -> bool:
+    weight = base.weight
     size = (2, weight.shape[1], 8, 8) if weight.ndim == 4 else (2, weight.shape[1])
     x = torch.randn(size, generator=torch_generator("same output", path)).to(weight.device, weight.dtype)
     factors = {tuners.place(values, name, TRAINED): factor.to(weight.device) for name, factor in values.tensors().items()}
@@ -275,7 +287,8 @@ def _agree(live: nn.Module, values: Layer, copy: nn.Module, path: str) -> bool:
         if not math.isclose(live.scaling[TRAINED], values.scale):
             return False
         live.scaling[TRAINED] = values.scale
-        return torch.equal(torch.func.functional_call(live, factors, (x,)), copy(x))
+        own = {f"base_layer.{name}": parameter for name, parameter in base.named_parameters()} if base is not live.get_base_layer() else {}
+        return torch.equal(torch.func.functional_call(live, factors | own, (x,)), reloaded(x))
     finally:
         live.scaling[TRAINED] = scaling
         live.enable_adapters(not disabled)

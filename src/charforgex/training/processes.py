@@ -111,19 +111,18 @@ class Processes:
         return range(self.rank * own, (self.rank + 1) * own)
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank; something that JSON has words for. All must call it. Raises Parted if another process ended."""
+        """Everybody's value, by rank; something that JSON has words for. All must call it."""
         if self.count == 1:
             return [value]
         import torch
         import torch.distributed as dist
 
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-        with _hearing_of_ends():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-            dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
-            longest = max(int(size) for size in sizes)
-            found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
-            dist.all_gather(found, torch.cat([data, torch.zeros(longest - len(data), dtype=torch.uint8)]), group=self.group)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        dist.all_gather(found, torch.cat([data, torch.zeros(longest - len(data), dtype=torch.uint8)]), group=self.group)
         return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(found, sizes, strict=True)]
 
     def wait(self) -> None:
@@ -151,8 +150,7 @@ class Processes:
         import torch.distributed as dist
 
         flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
-        with _hearing_of_ends():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         pieces = flat.split([tensor.numel() for tensor in tensors])
         return [piece.view_as(tensor).to(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]
 
@@ -162,15 +160,20 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def _hearing_of_ends() -> Iterator[None]:
+    """Turns what the libraries say of a connection that is gone into Parted, also where a split base is put together for a block."""
+    import torch.distributed as dist
+
     try:
         yield
     except RuntimeError as error:
-        raise Parted(f"Another process of this training has ended, and says why itself. ({str(error).splitlines()[0]})") from error
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise Parted("Another process of this training has ended, and says why itself.") from error
+        raise
 
 
 @contextlib.contextmanager
 def joined(place: Place, settings: TrainerSettings) -> Iterator[Processes]:
-    """Inside, this process is one of `place.count` that know each other."""
+    """Inside, this process is one of `place.count` that know each other. Raises Parted when another one ends."""
     if place.count == 1:
         yield ALONE
         return
@@ -182,14 +185,12 @@ def joined(place: Place, settings: TrainerSettings) -> Iterator[Processes]:
     if on_gpus:
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # what is loaded onto "cuda" goes there
     with _hearing_of_ends():
-        dist.init_process_group(
-            "nccl" if on_gpus else "gloo", f"tcp://{meeting_point(os.environ)}", rank=place.rank, world_size=place.count
-        )  # fmt: skip
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    try:
-        yield Processes(place.rank, place.count, place.local_rank, group)
-    finally:
-        dist.destroy_process_group()
+        where = f"tcp://{meeting_point(os.environ)}"
+        dist.init_process_group("nccl" if on_gpus else "gloo", where, rank=place.rank, world_size=place.count)
+        try:
+            yield Processes(place.rank, place.count, place.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+        finally:
+            dist.destroy_process_group()
 
 
 def meeting_point(environment: Mapping[str, str]) -> str:
