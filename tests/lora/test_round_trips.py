@@ -8,7 +8,7 @@ from charforgex.lora.formats import FORMATS, open_lora
 from charforgex.lora.state import LoraLayer
 from charforgex.lora.writing import write_layers
 
-ALIKE = ("flux_schnell", "sd3_medium", "sd35_large", "sd15", "animatediff_v3")  # others of the same modules, fewer or more
+ALIKE = ("flux_schnell", "sd3_medium", "sd35_large", "sd15", "animatediff_v3", "animatediff_sdxl")  # of the others' modules
 LISTED = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in bases.WRITTEN if not name.startswith("charworld")]
 
 

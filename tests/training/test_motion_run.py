@@ -121,6 +121,19 @@ def test_a_run_leaves_what_it_learnt_and_says_what_that_does(done):
         assert (folder / name).stat().st_size > 100, name
 
 
+@pytest.mark.slow
+def test_motion_is_learnt_on_sdxl_too(tmp_path):
+    """Both halves into files of their own: the motion's for AnimateDiff on SDXL, the look's for SDXL."""
+    more = ["family=animatediff_sdxl", "family.dtype=float32", "data.frames=8", f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path}"]
+    result = run(compose("train", [*TINY, *more]))
+    family = registry.get("animatediff_sdxl")
+    for half, name in (("lora", "animatediff_sdxl"), ("look", "sdxl")):
+        lora = read(Path(result[half]), family, family.tiny().denoiser.config)
+        assert {".motion_modules." in layer for layer in lora.layers} == {half == "lora"}
+        assert lora.metadata["charforgex.family"] == name
+    assert result["family"] == "animatediff_sdxl" and result["value"] != 0
+
+
 def test_the_validation_of_the_base_by_hand(done):
     """The held-out clip at one noise level, its own noise, anchored in the middle."""
     home, result = done

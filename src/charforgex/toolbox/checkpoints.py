@@ -144,7 +144,7 @@ def find(source: str, like: Base | None = None) -> Weights:
     if like and like.family not in registry.FAMILIES:
         raise ModelError(f"Of {like.family} only LoRA files are understood, not checkpoints; those of {', '.join(registry.FAMILIES)} are.")
     if str(source) == EMBEDDED and like is None:
-        raise ModelError(f"{EMBEDDED} is embedded for every family; give the folder of one.")
+        raise ModelError(f"{EMBEDDED} is embedded for several families; give the folder of one.")
     family = like.spelling if like else None
     place = resolve(source, family.name if family else "", list(_networks(family)) if family else [])
     return _file(place.path, like) if place.is_single_file else _folder(place)
