@@ -353,6 +353,7 @@ def test_loras_and_bases_of_other_families(base, weightless, motion, tmp_path):
         make(base, tmp_path / "out", "family=animatediff", mode="picture", frames=None)
 
 
+@pytest.mark.slow
 def test_a_characters_lora_of_sdxl_makes_clips_of_sdxl(tmp_path):
     """The file alone says of which family, its base and its trigger; and its strength counts."""
     family, base = AnimateDiffSdxl(), tmp_path / "tiny-xl"
