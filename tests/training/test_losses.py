@@ -12,7 +12,7 @@ from charforgex.errors import ConfigError
 from charforgex.families.flux import Flux
 from charforgex.families.process import Ddpm, FlowMatching
 from charforgex.families.sdxl import Sdxl
-from charforgex.training.losses import Objective, diffusion_loss
+from charforgex.training.losses import Objective, by_level, diffusion_loss
 from charforgex.types import Batch, Crop, Text
 
 
@@ -232,3 +232,9 @@ def test_an_option_that_the_objective_uses_is_not(process, options):
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         bind(Objective, options, "loss")
+
+
+def test_losses_are_told_apart_by_noise():
+    found = by_level([(0.0, 1.0), (0.26, 8.0), (0.2499, 3.0), (1.0, 5.0), (0.25, 2.0)])
+    assert found == {"loss/t=0.00-0.25": 2.0, "loss/t=0.25-0.50": 5.0, "loss/t=0.75-1.00": 5.0}
+    assert list(found) == sorted(found) and by_level([]) == {}

@@ -53,8 +53,8 @@ NUMBERS = (
 
 
 def number_of(name: str) -> Number | None:
-    """What a name in a log means; names that are listed word by word come first."""
-    for number in sorted(NUMBERS, key=lambda number: number.name.count("<")):
+    """What a name in a log means; of several that fit, the one with the most letters of its own."""
+    for number in sorted(NUMBERS, key=lambda number: -len(re.sub("<.*?>", "", number.name))):
         pattern = "".join(".+" if part.startswith("<") else re.escape(part) for part in re.split(r"(<\w+>)", number.name))
         if re.fullmatch(pattern, name):
             return number
