@@ -176,13 +176,8 @@ def test_what_is_not_finite_in_one_is_skipped_and_rolled_back_in_all(compare):
         return number == 1 and (step == 1 or step > 4) and attempt == 0
 
     alone, several = compare(2, steps=12, accumulate=2, bad=bad)
-    assert [step for step, _ in alone[0]["skipped"]] == [
-        2,
-        6,
-        7,
-        8,
-        9,
-    ]  # after the fifth of them in a row it goes back to step 9, the last that was saved
+    # After the fifth of them in a row it goes back to step 9, the last that was saved.
+    assert [step for step, _ in alone[0]["skipped"]] == [2, 6, 7, 8, 9]
     assert several[1:] == alone[1:]
     check_numbers(several[0], alone[0])
 

@@ -54,7 +54,7 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether this process draws and measures: the first, and every one where each has but a part of the base."""
-        return self.processes.is_first or self.settings.trainer.splits_base
+        return self.processes.is_first or self.processes.in_step
 
 
 # ---- before the first step ----

@@ -191,6 +191,9 @@ class StepModule(L.LightningModule):
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
+            if self.processes.in_step:  # pieces of other sizes would have others wait for parts of the base that nobody asks for
+                way_out = "Set trainer.gradient_checkpointing=true, or lower data.batch_size."
+                raise TrainingError(f"Out of memory in step {self.step + 1}, where the base is split: {reason} {way_out}")
             self._cut_smaller(batch, reason)  # only here are the tensors gone that the error held
 
     def _cut_smaller(self, batch: Sequence[Any], reason: str) -> None:

@@ -94,10 +94,13 @@ def check_devices(settings: TrainerSettings, local_count: int) -> None:
 
 
 class Processes:
-    """All processes of a training as one of them sees them. Made without arguments, it is alone."""
+    """All processes of a training as one of them sees them. Made without arguments, it is alone.
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, group: Any = None):
-        self.rank, self.count, self.local_rank, self.group = rank, count, local_rank, group
+    `in_step`: whether the base is split among them, so that none can compute unless all do.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, in_step: bool = False):
+        self.rank, self.count, self.group, self.in_step = rank, count, group, in_step
 
     @property
     def is_first(self) -> bool:
@@ -188,7 +191,8 @@ def joined(place: Place, settings: TrainerSettings) -> Iterator[Processes]:
         where = f"tcp://{meeting_point(os.environ)}"
         dist.init_process_group("nccl" if on_gpus else "gloo", where, rank=place.rank, world_size=place.count)
         try:
-            yield Processes(place.rank, place.count, place.local_rank, dist.new_group(backend="gloo", timeout=PATIENCE))
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            yield Processes(place.rank, place.count, group, settings.splits_base)
         finally:
             dist.destroy_process_group()
 

@@ -111,6 +111,8 @@ def refuse_together(settings: Settings, pretraining: bool) -> None:
         raise ConfigError("optimizer=muon turns whole weights, not a LoRA's thin factors; it is for pretrain. Use adamw or prodigy.")
     if name == "schedule_free" and settings.trainer.ema:
         raise ConfigError(f"trainer.ema={settings.trainer.ema:g} would average what schedule_free averages already; set trainer.ema=0.")
+    if settings.trainer.splits_base and settings.lora.init == "pissa" and not pretraining:
+        raise ConfigError("lora.init=pissa keeps what it began with beside the base, and trainer.strategy=fsdp would split that; set zero.")
     rates = {
         "lora.up_ratio": settings.lora.up_ratio * settings.optimizer.lr,
         "text_encoder.lr": settings.text_encoder.lr,
