@@ -26,6 +26,7 @@ ALLOWED = {
     "merging": {"families", "lora", "toolbox"},
     "evaluation": {"generation", "families", "lora", "curation", "charworld", "embedders"},
     "sweeping": {"training", "evaluation"},
+    "cloud": {"cli"},  # the command's functions it names as texts, too
 }
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "peft")
 LIGHT = ["charforgex", *(f"charforgex.{name}" for name in ("cli", "config", "binding", "overrides", "runs", "errors", "draws"))]

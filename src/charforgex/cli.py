@@ -26,6 +26,8 @@ COMMANDS = {
         "a mess of pictures, archives and videos to a dataset; curate report only looks, curate clips makes clips of videos",
     ),
     "train": ("charforgex.training.run:train", "pictures of a character to a LoRA"),
+    "plan": ("charforgex.training.plan_run:plan", "memory and time of a training before it begins; takes what train takes"),
+    "import-config": ("charforgex.backends.importing:import_config", "settings of ai-toolkit or kohya as an experiment of ours"),
     "generate": ("charforgex.generation.run:generate", "pictures with a base model and LoRAs"),
     "interpolate": ("charforgex.generation.interpolate:interpolate", "frames between a video's frames: smoother, at the same speed"),
     "evaluate": ("charforgex.evaluation.run:evaluate", "is it the character, does it obey, which is better: numbers with pictures"),
@@ -34,11 +36,12 @@ COMMANDS = {
     "bench": ("charforgex.training.bench:bench", "bench characters: is a change of the training a better one?"),
     "votes": ("charforgex.evaluation.votes:votes", "what people's votes on a voting page say, and whether they are enough"),
 }
+CONFIGS = {"plan": "train"}  # of commands whose settings are another's
 CURATE_CLIPS = "charforgex.curation.clips.run:curate_clips"  # `charforgex curate clips`, which conf/curate_clips.yaml is of
 # What may stand alone on the command line, by its end, and its setting
 FILES = {
     "merge": (".safetensors", "lora"), "evaluate": ("", "lora"), "votes": (".json", "votes"), "compare": ("", "runs"),
-    "bench": ("", "suite"), "interpolate": ("", "files"),
+    "bench": ("", "suite"), "interpolate": ("", "files"), "import-config": ((".yaml", ".yml", ".toml"), "files"),
 }  # fmt: skip
 IS_SETTING = re.compile(r"~[^/]|.*=", re.DOTALL)  # name=value, or ~name, which is not the path ~/name
 # Hydra's flags that a word follows
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _listed(commands: Mapping[str, tuple[str, str]]) -> str:
-    return "\n".join(f"  {name:<11} {purpose}" for name, (_, purpose) in commands.items())
+    return "\n".join(f"  {name:<13} {purpose}" for name, (_, purpose) in commands.items())
 
 
 def _tool(arguments: Sequence[str]) -> None:
@@ -105,7 +108,7 @@ def _tool(arguments: Sequence[str]) -> None:
     run(f"lora_{tool}", with_files(arguments[1:]))
 
 
-def with_files(arguments: Sequence[str], suffix: str = ".safetensors", setting: str = "lora") -> list[str]:
+def with_files(arguments: Sequence[str], suffix: str | tuple[str, ...] = ".safetensors", setting: str = "lora") -> list[str]:
     """Files that stand alone on the command line as a setting, and `--dry-run` as `dry_run=true`."""
     from charforgex.overrides import written
 
@@ -134,7 +137,7 @@ def run(command: str, arguments: Sequence[str] | None = None, root: Path | None 
     if command in FILES:
         arguments = with_files(arguments, *FILES[command])
     folder = root / "conf" if root and (root / "conf").is_dir() else None
-    raise SystemExit(guarded(entry, command, arguments, name, folder))
+    raise SystemExit(guarded(entry, CONFIGS.get(command, command), arguments, name, folder))
 
 
 def guarded(entry: str, config_name: str, arguments: list[str], program: str, folder: Path | None = None) -> int:
@@ -205,18 +208,16 @@ class Task:
     error: Exception | None = None
 
     def __call__(self, cfg: Any) -> Any:
-        from hydra.core.global_hydra import GlobalHydra
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
-        from omegaconf import OmegaConf
-
-        from charforgex.config import check
 
         self.started = True
         hydra_cfg = HydraConfig.get()
         try:
-            given = OmegaConf.to_container(hydra_cfg.overrides, resolve=False)  # an override may hold a reference of the job's config
-            check(cfg, GlobalHydra.instance().config_loader(), hydra_cfg.job.config_name, given["hydra"] + given["task"])
+            launcher = hydra_cfg.runtime.choices.get("hydra/launcher")
+            if hydra_cfg.mode != RunMode.MULTIRUN and launcher != "basic":
+                raise ConfigError(f"hydra/launcher={launcher} runs the jobs of a sweep, also of one job; add -m.")
+            self.check_keys(cfg)
             module, _, function = self.entry.partition(":")
             return getattr(importlib.import_module(module), function)(cfg)
         except Exception as error:
@@ -226,3 +227,22 @@ class Task:
                 raise
             self.error = error  # raised when Hydra is done, which would print a line of its own before ours
             return None
+
+    def check_keys(self, cfg: Any) -> None:
+        """Raises ConfigError unless every key of the job that Hydra is at is known, filled and resolved."""
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+
+        from charforgex.config import check
+
+        hydra_cfg = HydraConfig.get()
+        given = OmegaConf.to_container(hydra_cfg.overrides, resolve=False)  # an override may hold a reference of the job's config
+        check(cfg, GlobalHydra.instance().config_loader(), hydra_cfg.job.config_name, given["hydra"] + given["task"])
+
+    def check(self, cfg: Any) -> None:
+        """All that can be said of the settings before anything is run, for launchers: a job's mistakes end its sweep before it has begun."""
+        self.check_keys(cfg)
+        module = importlib.import_module(self.entry.partition(":")[0])
+        if hasattr(module, "check") and cfg.get("resume") is None:
+            module.check(cfg)

@@ -6,7 +6,8 @@ CharForgeError
 ├── ModelError         a base model cannot be found, recognised or loaded
 ├── LoraError          an adapter file has keys left over, fits no layer, is empty or not finite
 ├── CheckpointError    no checkpoint of the run is whole
-└── TrainingError      training had to stop: not finite, out of memory
+├── TrainingError      training had to stop: not finite, out of memory
+└── LaunchError        a job elsewhere could not be started, was cancelled or failed there
 
 All are `ValueError`s: the input is at fault. Our own mistakes are `assert`s.
 """
@@ -37,4 +38,8 @@ class CheckpointError(CharForgeError):
 
 
 class TrainingError(CharForgeError):
+    pass
+
+
+class LaunchError(CharForgeError):
     pass
