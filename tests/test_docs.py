@@ -42,7 +42,6 @@ def test_every_command_is_one_that_exists(page, command, arguments):
     # python train.py -m lora.rank=4,8,16: each value alone, which may be a list itself
     if "-m" in arguments.split():
         overrides = [re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]
-    overrides = [word for word in overrides if not word.startswith("+sweeps=")]
     compose(command, quote_texts(overrides))
 
 

@@ -81,12 +81,9 @@ def checked(settings: SweepSettings, space: Space, composer: Composer) -> tuple[
             f"hydra.sweeper.pruner={settings.pruner} ends trials that one process trains, and trainer.devices asks for {devices}; "
             "set hydra.sweeper.pruner=none."
         )
-    if settings.pruner != "none" and "backend" in base:
-        raise ConfigError(
-            f"hydra.sweeper.pruner={settings.pruner}: another tool's training is measured at its end; set hydra.sweeper.pruner=none."
-        )
-    if "pretrain" in base:
-        raise ConfigError("a pre-training has no value to search by; leave pretrain out.")
+    for group in ("pretrain", "backend"):
+        if group in base:
+            raise ConfigError(f"with {group} a training has no value to search by; leave {group} out.")
     if "motion" in base and (wrong := [word for word in settings.objective if word not in OF_MOTION]):
         raise ConfigError(
             f"hydra.sweeper.objective={', '.join(wrong)} is no number of a motion's training; those are {', '.join(OF_MOTION)}."

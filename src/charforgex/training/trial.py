@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,7 +183,7 @@ def open_storage(storage: str) -> optuna.storages.BaseStorage:
     """By URL, or by `env:NAME` of a variable that holds it. Raises ConfigError for one that cannot be opened."""
     try:
         import optuna
-        from sqlalchemy.exc import SQLAlchemyError
+        from sqlalchemy.exc import DBAPIError, SQLAlchemyError
     except ModuleNotFoundError as error:
         raise ConfigError(f"hydra/sweeper=charforgex needs Optuna: {INSTALL}.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -195,7 +196,11 @@ def open_storage(storage: str) -> optuna.storages.BaseStorage:
     # Trials and sweep write to one file: who finds it busy waits instead of failing.
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except DBAPIError:  # two that find a database empty make its tables, and one of them fails
+            time.sleep(2)
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
     except ModuleNotFoundError as error:
         raise ConfigError(f"hydra.sweeper.storage={storage} needs {error.name}: pip install {error.name}.") from error
     except (SQLAlchemyError, ValueError, ImportError) as error:
