@@ -37,7 +37,7 @@ def batch_of(row, family, parts, rank: int) -> Batch:
     return Batch(mean, torch.ones_like(mean), text, Crop(size, torch.zeros(1, 2), size), keys=("x",), captions=("x",))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [row if row.family.name == "flux" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS], ids=str)
 def test_a_split_base_is_the_whole_one(row):
     def compare(processes):
         found = []
