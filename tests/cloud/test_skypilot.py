@@ -57,6 +57,7 @@ def test_a_secret_reaches_the_job_and_nothing_that_is_written(sweep, sky, tmp_pa
     assert not [path for path in files if b"abcdefgh1234" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_machines_that_are_not_to_be_had_or_taken_away_are_replaced(sweep, sky, capsys):
     (sky / "full").write_text("1")
     (done,) = sweep(tasks.loses_its_machine, *ON, "x=9")
@@ -73,6 +74,7 @@ def test_machines_that_are_not_to_be_had_or_taken_away_are_replaced(sweep, sky, 
     assert "is gone" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_job_that_no_machine_could_be_had_for_fails_with_what_was_said(sweep, sky):
     (sky / "full").write_text("9")
     with pytest.raises(LaunchError, match=r"(?s)2 machines did not bring it to an end.*\nNo resource satisfying 1x A100"):
@@ -88,6 +90,7 @@ def test_failures_cost_no_other_job(sweep, sky, tmp_path):
     assert sum(call.startswith("launch") for call in calls(sky)[before:]) == 1  # the other's value was here
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_is_told_with_its_last_words(sweep, sky):
     with pytest.raises(LaunchError, match=r"(?s)ended without a result; the last of .*the last words"):
         sweep(tasks.dies, *ON)
@@ -103,6 +106,7 @@ def test_detached_machines_are_found_again(sweep, sky, capsys):
     assert sum(call.startswith("launch") for call in calls(sky)) == 1
 
 
+@pytest.mark.slow
 def test_results_that_did_not_come_home_keep_their_machine(sweep, sky):
     (sky / "no_rsync").touch()
     with pytest.raises(LaunchError, match=r"has not come home from charforgex-\w+"):

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -64,6 +67,7 @@ def test_a_warning_lets_the_job_save_and_go_on_where_it_was(sweep, slurm, tmp_pa
     until(lambda: codes.read_text().split() == ["143", "143", "0"])
 
 
+@pytest.mark.slow
 def test_too_many_sittings_end_with_all_that_is_known(sweep, slurm, tmp_path):
     def warn():
         until(lambda: (tmp_path / "steps_7").exists())
@@ -76,6 +80,7 @@ def test_too_many_sittings_end_with_all_that_is_known(sweep, slurm, tmp_path):
     warning.join()
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_is_not_queued_again(sweep, slurm, tmp_path):
     def cancel():
         until(lambda: (tmp_path / "steps_7").exists())
@@ -101,6 +106,7 @@ def test_one_failed_job_costs_no_other_and_is_all_that_the_same_command_repeats(
     assert (tmp_path / "ran_1").read_text() == "once\n" * 2
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_reported_with_its_last_words(sweep, slurm):
     with pytest.raises(LaunchError, match=r"(?s)ended without a result.*the last words.*ended with signal 9 and left no result"):
         sweep(tasks.dies, *ON)
@@ -145,6 +151,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(sweep, slurm, capsys, mo
     assert "#SBATCH --qos=long\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_processes_of_this_machine_stand_in_for_a_cluster(sweep, slurm):
     (done,) = sweep(tasks.double, *ON, "x=8", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0")
     assert done.return_value == 16
@@ -159,3 +166,53 @@ def test_what_began_the_sweep_does_not_reach_its_jobs(sweep, slurm, tmp_path):
     jobs = [json.loads(path.read_text()) for path in Path("runs/jobs").glob("*/job.json")]
     assert sorted(job["overrides"] for job in jobs) == [["x=5"], ["x=6"]]
     assert not any("sweeps" in path.read_text() for path in Path("runs/jobs").glob("*/*.yaml") if path.name == "config.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warning", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_training_that_made_room_ends_in_the_bits_of_one_that_did_not(slurm, tmp_path, monkeypatch, warning):
+    """SIGUSR2: its time is out, and it asks to be queued again; SIGTERM: it is preempted, and Slurm queues it again by itself."""
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    settings = [
+        "debug=tiny",
+        "trainer.steps=24",
+        "evaluation.every=24",
+        "sampling.steps=1",
+        "logger.tensorboard=false",
+        "trainer.accelerator=cpu",
+    ]
+
+    def run(runs_dir, *more):
+        given = [*ON, "hydra.launcher.gpus=0", *settings, f"runs_dir={runs_dir}", *more]
+        program = "from charforgex.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", program, "train", "-m", *given], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0
+        (path,) = (tmp_path / runs_dir).glob("*/result.json")
+        return path.parent
+
+    def interrupt():
+        until(lambda: any("\n5,loss," in path.read_text() for path in tmp_path.glob("second/*/metrics.csv")))
+        (job,) = slurm.glob("*/pid")
+        if warning == signal.SIGTERM:
+            (job.parent / "again").touch()  # as Slurm does with what it preempts
+        os.kill(int(job.read_text()), warning)
+
+    first = run("first")
+    interrupting = threading.Thread(target=interrupt)
+    shutil.rmtree(slurm)
+    slurm.mkdir()
+    interrupting.start()
+    second = run("second")
+    interrupting.join()
+    assert next(slurm.glob("*/codes")).read_text().split()[0] == "143"
+    for name in ("debug.safetensors", "metrics.csv"):
+        numbers = [folder / name for folder in (first, second)]
+        if name.endswith(".csv"):
+            rows = [[row for row in path.read_text().splitlines() if ",loss," in row] for path in numbers]
+            assert rows[0] == rows[1] and len(rows[0]) == 24
+        else:
+            one, other = map(load_file, numbers)
+            assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)

@@ -36,6 +36,7 @@ def run(folder: Path) -> int:
     if job["folder"] is not None:
         os.chdir(job["folder"])
     sys.path.insert(0, os.getcwd())
+    sys.argv = job["command"]
     setup_globals()
     cfg = OmegaConf.create({"hydra": HydraConf})
     with open_dict(cfg), open_dict(cfg.hydra):

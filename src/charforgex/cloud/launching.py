@@ -76,6 +76,7 @@ class Job:
         own["job"]["chdir"] = chdir(self.cfg)
         own["launcher"] = own["sweeper"] = None  # what began the sweep is no business of its jobs
         job = {"entry": self.entry, "folder": self.folder, "overrides": self.overrides, "run_dir": self.run_dir, "tell": self.tell}
+        job["command"] = sys.argv  # that began the sweep, which a run's provenance names
         parcel.pack(job, self.settings, OmegaConf.to_yaml(OmegaConf.create(hydra)))
 
 
