@@ -13,6 +13,7 @@ from PIL import Image
 import charforgex
 from charforgex.config import bind, compose
 from charforgex.curation.clips import assembling, cutting, measures, scanning
+from charforgex.curation.clips.dissolves import Dissolves
 from charforgex.curation.clips.settings import ClipSettings, FrameSettings, WindowSettings
 from charforgex.curation.clips.windows import Short, windows
 from charforgex.curation.items import Face
@@ -56,7 +57,7 @@ def film(path, pictures, rate=24, times=None, codec="ffv1"):
 
 def found(path, settings=EIGHT):
     problems = []
-    return list(windows(path, settings, problems)), problems
+    return list(windows(path, settings, problems, Dissolves())), problems
 
 
 def indices(window):
@@ -213,6 +214,23 @@ def test_every_video_ends_in_its_class_with_a_reason(made):
     assert result["clips"] == 3 and result["classes"] == told["classes"] and result["classes"]["kept"] == 3
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg") == 9 and "the same file as nod.mkv!/000001.000s" in page
+
+
+def test_a_clip_that_goes_over_into_another_shot_is_set_aside(tmp_path):
+    from charforgex.charworld import clips, world
+
+    one, other = (
+        clips.draw_clip(world.draw_identity(random.Random(seed)), clips.draw_setting(random.Random(seed)), clips.Motion("nod"), 24, 96)
+        for seed in (1, 2)
+    )
+    shares = np.clip((np.arange(24) - 7) / 9, 0, 1)[:, None, None, None]
+    film(tmp_path / "raw/over.mkv", list(((1 - shares) * one + shares * other).round().astype(np.uint8)), 8)
+    result = curate(tmp_path / "raw", tmp_path / "out")
+    told = json.loads((tmp_path / "out/report.json").read_text())
+    assert [one["kind"] for one in told["clips"]] == ["kept", "dissolving", "kept"]
+    assert told["clips"][1]["reason"] == "from 1.00 to 1.88 seconds its frames are one blended into another"
+    more = curate(tmp_path / "raw", tmp_path / "all", **{"curation.limits.dissolves": True})
+    assert (result["clips"], more["clips"]) == (2, 3)
 
 
 def test_the_manifest_says_what_training_needs(made, raw):

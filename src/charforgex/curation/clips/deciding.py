@@ -24,6 +24,7 @@ CLASSES = {
     "sidecar": "a caption, used with its video",
     "short": "no clip fits between two cuts",
     "jumping": "a cut that was not seen as one, or frames that are missing",
+    "dissolving": "one shot goes over into another, or fades",
     "static": "nothing moves",
     "too_small": "too few pixels",
     "no_face": "no face was found",
@@ -50,7 +51,10 @@ class Clip:
 def clips_of(video: str, found: Findings, settings: ClipSettings) -> list[Clip]:
     """In time, each judged by itself."""
     seconds = float(settings.windows.seconds)
-    clips = [Clip(_name(video, row["start"]), video, judge(row, settings), row, number) for number, row in enumerate(found.windows)]
+    clips = [
+        Clip(_name(video, row["start"]), video, judge(row, settings, found.dissolves), row, number)
+        for number, row in enumerate(found.windows)
+    ]
     for short in found.short:
         said = f"the shot has {short['seconds']:.2f} seconds, and a clip takes {seconds:.2f}"
         clips.append(Clip(_name(video, short["start"]), video, Verdict("short", said)))
@@ -61,13 +65,17 @@ def _name(video: str, start: float) -> str:
     return f"{video}!/{start:010.3f}s"
 
 
-def judge(row: dict[str, Any], settings: ClipSettings) -> Verdict | None:
-    """The first limit that a window falls short of; None: it is good."""
+def judge(row: dict[str, Any], settings: ClipSettings, dissolves: Sequence[tuple[float, float]]) -> Verdict | None:
+    """The first limit that a window falls short of; None: it is good. `dissolves` are those of its video, (start, end) in seconds."""
     limits = settings.limits
     if row["missing"]:
         count = settings.windows.frames
         said = f"{row['missing']} of its {count} frames are missing: nothing in the video is nearest to their times"
         return Verdict("jumping", f"{said}. curation.windows.fps={settings.windows.fps:g} may be more than it has")
+    ends = row["start"] + float(settings.windows.seconds)
+    over = next(((start, end) for start, end in dissolves if start < ends and end > row["start"]), None)
+    if over is not None and not limits.dissolves:
+        return Verdict("dissolving", "from {:.2f} to {:.2f} seconds its frames are one blended into another".format(*over))
     if row["face"] is None and settings.crop.without_face == "aside":
         return Verdict("no_face", "a face was found in {} of the {} frames looked at, and half are wanted".format(*row["seen"]))
     if row["size"] is None:

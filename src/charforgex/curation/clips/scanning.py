@@ -16,6 +16,7 @@ import numpy as np
 from charforgex import videos
 from charforgex.binding import bind
 from charforgex.curation import ingest
+from charforgex.curation.clips.dissolves import Dissolves
 from charforgex.curation.clips.measures import Measured, measure
 from charforgex.curation.clips.settings import ScanSettings
 from charforgex.curation.clips.windows import Short, windows
@@ -28,7 +29,7 @@ from charforgex.runs import write_json
 if TYPE_CHECKING:
     from charforgex.curation.faces import Detector
 
-VERSION = 1
+VERSION = 2
 FOLDER = "clips"
 
 
@@ -56,12 +57,13 @@ def scan(job: Job) -> str:
 def write_findings(folder: Path, root: Path, unit: ingest.Unit, settings: str) -> None:
     told = bind(ScanSettings, json.loads(settings), "curation")
     problems: list[videos.Problem] = []
+    dissolves = Dissolves()
     rows: list[dict[str, Any]] = []
     shorts: list[dict[str, Any]] = []
     mosaics: list[np.ndarray] = []
     try:
         path = ingest.locate(root, unit.path)
-        for found in windows(path, told.windows, problems):
+        for found in windows(path, told.windows, problems, dissolves):
             if isinstance(found, Short):
                 shorts.append({"shot": found.shot, "start": float(found.start), "seconds": float(found.seconds)})
                 continue
@@ -74,22 +76,25 @@ def write_findings(folder: Path, root: Path, unit: ingest.Unit, settings: str) -
     except (DataError, OSError) as error:
         problems.append(videos.Problem("corrupt", f"it cannot be read: {error}"))
     np.save(folder / "mosaics.npy", np.stack(mosaics) if mosaics else np.zeros((0, 96, 96, 3), np.uint8))
-    write_json(folder / "windows.json", {"windows": rows, "short": shorts, "problems": [list(problem) for problem in problems]})
+    rest = {"windows": rows, "short": shorts, "dissolves": dissolves.found, "problems": [list(problem) for problem in problems]}
+    write_json(folder / "windows.json", rest)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of one video. `windows` are the rows of `measures.measure`, in time."""
+    """What is known of one video. `windows` are the rows of `measures.measure`, in time, `dissolves` as in `dissolves.Dissolves`."""
 
     folder: Path
     windows: list[dict[str, Any]]
     short: list[dict[str, Any]]
+    dissolves: list[tuple[float, float]]
     problems: list[videos.Problem]
 
     @staticmethod
     def read(folder: Path) -> Findings:
         told = json.loads((folder / "windows.json").read_text(encoding="utf-8"))
-        return Findings(folder, told["windows"], told["short"], [videos.Problem(*problem) for problem in told["problems"]])
+        problems = [videos.Problem(*problem) for problem in told["problems"]]
+        return Findings(folder, told["windows"], told["short"], told["dissolves"], problems)
 
     def mosaics(self) -> np.ndarray:
         """uint8 (N, 96, 96, 3), mapped."""

@@ -62,6 +62,7 @@ class LimitSettings:
     min_sharpness: Share | None = 0.36
     min_motion: Grey | None = 6.0
     max_jump: Annotated[float, Range(at_least=1)] | None = 3.0
+    dissolves: bool = False
     difference: Annotated[float, Range(above=0, at_most=255)] | None = 8.0
     max_clips: Count | None = None
 

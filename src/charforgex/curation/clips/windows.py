@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from charforgex import videos
+from charforgex.curation.clips.dissolves import Dissolves
 from charforgex.curation.clips.settings import WindowSettings
 from charforgex.curation.videos import SMALL, View, fitted
 from charforgex.videos import Decoded, Problem, upright
@@ -101,13 +102,14 @@ class Short(NamedTuple):
     seconds: Fraction
 
 
-def windows(path: Path, settings: WindowSettings, problems: list[Problem]) -> Iterator[Window | Short]:
+def windows(path: Path, settings: WindowSettings, problems: list[Problem], dissolves: Dissolves) -> Iterator[Window | Short]:
     """The windows of each shot one after the other, `gap` seconds apart, in time; what is left at a shot's end is in none.
 
-    What goes wrong on the way is added to `problems`. Raises `videos.Unreadable` if there is nothing to decode.
+    What goes wrong on the way is added to `problems`, where a shot goes over into another to `dissolves`. Raises `videos.Unreadable` if
+    there is nothing to decode.
     """
     shot = Shot(0, Fraction(0), settings)
-    for index, decoded, is_new in shots(path, settings, problems):
+    for index, decoded, is_new in shots(path, settings, problems, dissolves):
         if is_new and index:
             yield from shot.ended()
             shot = Shot(shot.number + 1, decoded.time, settings)
@@ -144,7 +146,7 @@ class Shot:
         return window.closed()
 
 
-def shots(path: Path, settings: WindowSettings, problems: list[Problem]) -> Iterator[tuple[int, Decoded, bool]]:
+def shots(path: Path, settings: WindowSettings, problems: list[Problem], dissolves: Dissolves) -> Iterator[tuple[int, Decoded, bool]]:
     """(number, frame, whether a shot begins with it) of the frames in time. A cut is where a frame looks unlike the one before, has another
     size, or its time runs backwards."""
     from av.video.reformatter import VideoReformatter
@@ -152,11 +154,16 @@ def shots(path: Path, settings: WindowSettings, problems: list[Problem]) -> Iter
     reduce = VideoReformatter()
     before: tuple[Decoded, View] | None = None
     for index, decoded in enumerate(whole(path, settings, problems)):
-        view = View.of(reduce.reformat(decoded.frame, *fitted(decoded.frame, SMALL), format="rgb24", threads=1).to_ndarray())
+        pixels = reduce.reformat(decoded.frame, *fitted(decoded.frame, SMALL), format="rgb24", threads=1).to_ndarray()
+        view = View.of(pixels)
         if before is not None and decoded.time == before[0].time:  # a broken clock: nobody sees this frame
             continue
         is_new = before is None or decoded.time < before[0].time or _size(decoded) != _size(before[0])
-        yield index, decoded, is_new or view.differs(before[1]) > settings.scene
+        is_new = is_new or view.differs(before[1]) > settings.scene
+        if is_new:
+            dissolves.cut()
+        dissolves.look(pixels, decoded.time)
+        yield index, decoded, is_new
         before = decoded, view
 
 
