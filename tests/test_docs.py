@@ -12,7 +12,7 @@ from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = r"train|generate|interpolate|curate clips|curate|evaluate|compare|votes|bench|merge|lora \w+"
+OURS = r"train|import-config|generate|interpolate|curate clips|curate|evaluate|compare|votes|bench|merge|lora \w+"
 COMMAND = re.compile(rf"(?:python (?=\w+\.py)|charforgex )({OURS})(?:\.py)?((?: [^\n`#]*)?)")
 
 
@@ -22,7 +22,7 @@ def commands() -> list[tuple[str, str, str]]:
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             for command, arguments in COMMAND.findall(line):
-                if command.startswith(("lora ", "merge", "compare", "votes", "bench", "interpolate")) and not arguments.strip():
+                if command.startswith(("lora ", "merge", "compare", "votes", "bench", "interpolate", "import-c")) and not arguments.strip():
                     continue  # spoken of, without the files that it needs
                 found.append((page.name, command.replace(" ", "_"), arguments.split("  #")[0].strip()))
     return found

@@ -143,7 +143,7 @@ def _network(wanted: Wanted) -> dict[str, Any]:
     if not isinstance(targets, str) or targets not in known:
         wanted.differs("lora.targets", "adapts all linear layers of the transformer blocks", f"use {' or '.join(known)}")
     ratio = wanted["lora.up_ratio"]
-    return options | ({"loraplus_lr_ratio": ratio} if ratio != 1 else {})
+    return options | ({"loraplus_lr_ratio": f"{ratio:g}"} if ratio != 1 else {})
 
 
 def _optimizer(wanted: Wanted) -> dict[str, Any]:
