@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from charforgex.cli import FILES, with_files
+from charforgex.cli import CONFIGS, FILES, with_files
 from charforgex.config import compose
 from charforgex.overrides import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = r"train|import-config|generate|interpolate|curate clips|curate|evaluate|compare|votes|bench|merge|lora \w+"
+OURS = r"train|plan|import-config|generate|interpolate|curate clips|curate|evaluate|compare|votes|bench|merge|lora \w+"
 COMMAND = re.compile(rf"(?:python (?=\w+\.py)|charforgex )({OURS})(?:\.py)?((?: [^\n`#]*)?)")
 
 
@@ -42,7 +42,7 @@ def test_every_command_is_one_that_exists(page, command, arguments):
     # python train.py -m lora.rank=4,8,16: each value alone, which may be a list itself
     if "-m" in arguments.split():
         overrides = [re.sub(r"^([\w.]+=)(\[[^\]]*\]|[^\[,]+),.*", r"\1\2", word) for word in overrides]
-    compose(command, quote_texts(overrides))
+    compose(CONFIGS.get(command, command), quote_texts(overrides))
 
 
 def test_there_are_commands_to_check():

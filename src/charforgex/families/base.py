@@ -127,6 +127,11 @@ class Family(ABC):
     def encode_live(self, parts: Components, captions: Sequence[str], cached: Text) -> Text:
         """`encode_text` with gradients through the CLIP encoders, which are all of `parts` that it needs: what T5 says is in `cached`."""
 
+    def text_size(self, parts: Components, denoiser_config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Of an encoded caption, without encoding any: tokens, their width and the pooled vector's. `parts` may have tokenizers; without
+        them the texts are as long as published bases have them. Of families of pictures."""
+        raise NotImplementedError
+
     def word_starts(self, parts: Components) -> Mapping[str, int]:
         """By tokenizer, at which of the tokens of `encode_text` a text's first word stands. Encoders that lie side by side are one."""
         return {"tokenizer": 1}  # CLIP marks the beginning

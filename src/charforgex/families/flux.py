@@ -87,6 +87,10 @@ class Flux(Family):
         clip = parts["text_encoder"]
         return Text(cached.tokens_BLD, clip(token_ids(parts["tokenizer"], captions).to(clip.device)).pooler_output)
 
+    def text_size(self, parts: Components, denoiser_config: Mapping[str, Any]) -> tuple[int, int, int]:
+        length = self._length(parts) if "tokenizer_2" in parts else parts.config["text_tokens"]
+        return length, denoiser_config["joint_attention_dim"], denoiser_config["pooled_projection_dim"]
+
     def word_starts(self, parts: Components) -> Mapping[str, int]:
         return {"tokenizer_2": 0}
 

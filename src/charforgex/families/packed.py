@@ -20,8 +20,8 @@ class _Unpacking(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor):
-        found = gradient @ context.unpack(*context.saved_tensors, dtype=gradient.dtype)
-        return found, None, None, *[None] * len(context.saved_tensors)
+        stored = context.saved_tensors  # once: a checkpointed block gives them out once
+        return gradient @ context.unpack(*stored, dtype=gradient.dtype), None, None, *[None] * len(stored)
 
 
 class PackedLinear(nn.Linear):

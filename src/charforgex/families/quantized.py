@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from charforgex.families.base import Family
 
 VERSION = 1  # of what is kept in files; grows when other numbers come out
-CHUNK = 1 << 18  # blocks of nf4 that are unpacked at once: 64 MiB of float32
+CHUNK = 1 << 17  # blocks of nf4 that are unpacked at once: 32 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class QuantizedLinear(PackedLinear):
 
     def unpack(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         if self.kind != "nf4":
-            return (codes.float() * scale[:, None]).to(dtype)
+            return codes.to(dtype).mul_(scale[:, None])  # exact codes, then one rounding
         pairs = _pairs(codes.device)
         values = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
         for first in range(0, len(codes), CHUNK):
             some = slice(first, first + CHUNK)
-            values[some] = pairs[codes[some].int()].view(-1, BLOCK) * scale[some, None]
+            values[some] = pairs[codes[some].int()].view(-1, BLOCK).mul_(scale[some, None])
         return values.flatten()[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
 
@@ -85,6 +85,13 @@ def pack(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     return shares.round().to(torch.int8) if kind == "int8" else shares.to(STORED[kind]), scale
 
 
+def blank(out_features: int, in_features: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight's size, for counting: their values are nothing's."""
+    blocks = -(-out_features * in_features // BLOCK)
+    codes = (blocks, BLOCK // 2) if kind == "nf4" else (out_features, in_features)
+    return torch.empty(codes, dtype=STORED[kind]), torch.empty(blocks if kind == "nf4" else out_features)
+
+
 def check_packing(kind: Kind | None, device: str) -> None:
     """Raises ConfigError for a kind that the device has no numbers for."""
     if kind == "fp8" and device == "mps":
@@ -98,7 +105,7 @@ def packed_by(network: nn.Module) -> str | None:
 
 def pack_network(family: Family, network: nn.Module, kind: Kind, device: str) -> None:
     """Packs the linear layers of the network's blocks, one by one, on `device`, where the packed ones stay."""
-    for path, layer in _layers(family, network).items():
+    for path, layer in packable(family, network).items():
         try:
             codes, scale = pack(layer.weight.to(device), kind)
         except ModelError as error:
@@ -135,7 +142,7 @@ def _read(family: Family, config: Mapping[str, Any], kind: Kind, dtype: torch.dt
     network = empty(family, family.denoiser_name, config)
     try:
         state = load_file(file, device=device)
-        for path, layer in _layers(family, network).items():
+        for path, layer in packable(family, network).items():
             _put(network, path, layer, state[f"{path}.codes"], state[f"{path}.scale"], kind, dtype)
         network.load_state_dict(state, strict=True, assign=True)
     except (SafetensorError, KeyError, RuntimeError) as error:
@@ -143,7 +150,8 @@ def _read(family: Family, config: Mapping[str, Any], kind: Kind, dtype: torch.dt
     return network
 
 
-def _layers(family: Family, network: nn.Module) -> dict[str, nn.Linear]:
+def packable(family: Family, network: nn.Module) -> dict[str, nn.Linear]:
+    """By path, the layers that packing packs."""
     inside = {module for block in family.blocks(network) for module in block.modules()}
     return {path: module for path, module in network.named_modules() if type(module) is nn.Linear and module in inside}
 

@@ -15,11 +15,11 @@ from charforgex.families.base import Family
 from charforgex.families.originals import CLIP_BESIDES, T5_BESIDES, Spelling, clip, each, each_but_projection, t5
 from charforgex.families.parts import adaptable
 from charforgex.families.process import STEPS, FlowMatching
-from charforgex.families.text import clip_states, seen, t5_states, token_ids
+from charforgex.families.text import CLIP_TOKENS, clip_states, seen, t5_states, token_ids
 from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
-CLIP_TOKENS, T5_TOKENS = 77, 256
+T5_TOKENS = 256
 
 JOINT = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 ATTENTION = [f"attn.{name}" for name in JOINT]
@@ -120,6 +120,11 @@ class Sd3(Family):
     @staticmethod
     def _t5_length(parts: Components) -> int:
         return min(T5_TOKENS, parts["tokenizer_3"].model_max_length)
+
+    def text_size(self, parts: Components, denoiser_config: Mapping[str, Any]) -> tuple[int, int, int]:
+        clip = next((parts[name].model_max_length for name in ("tokenizer", "tokenizer_2") if name in parts), CLIP_TOKENS)
+        t5 = self._t5_length(parts) if "tokenizer_3" in parts else T5_TOKENS
+        return clip + t5, denoiser_config["joint_attention_dim"], denoiser_config["pooled_projection_dim"]
 
     def word_starts(self, parts: Components) -> Mapping[str, int]:
         clip = next((name for name in ("tokenizer", "tokenizer_2") if name.replace("tokenizer", "text_encoder") in parts), None)

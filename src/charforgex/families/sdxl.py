@@ -15,7 +15,7 @@ from charforgex.families.base import Family
 from charforgex.families.originals import CLIP_BESIDES, Spelling, clip, each
 from charforgex.families.parts import adaptable, unet_facts
 from charforgex.families.process import Ddpm
-from charforgex.families.text import clip_states, seen, token_ids
+from charforgex.families.text import CLIP_TOKENS, clip_states, seen, token_ids
 from charforgex.lora.names import Place
 from charforgex.types import Components, Crop, Text
 
@@ -79,6 +79,11 @@ class Sdxl(Family):
             unsaid = torch.tensor([not caption.strip() for caption in captions], device=tokens.device)
             tokens, pooled = tokens.masked_fill(unsaid[:, None, None], 0), pooled.masked_fill(unsaid[:, None], 0)
         return Text(tokens, pooled)
+
+    def text_size(self, parts: Components, denoiser_config: Mapping[str, Any]) -> tuple[int, int, int]:
+        length = parts["tokenizer"].model_max_length if "tokenizer" in parts else CLIP_TOKENS
+        pooled = denoiser_config["projection_class_embeddings_input_dim"] - 6 * denoiser_config["addition_time_embed_dim"]
+        return length, denoiser_config["cross_attention_dim"], pooled
 
     def seen_text(self, parts: Components, caption: str) -> list[tuple[str, int]]:
         return [seen(parts[name], caption) for name in ("tokenizer", "tokenizer_2")]

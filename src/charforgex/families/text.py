@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CLIP_TOKENS = 77  # of every published CLIP
+
 
 def token_ids(tokenizer, captions: Sequence[str], length: int | None = None) -> Tensor:
     """Token ids (B, L), padded and truncated to `length` or the tokenizer's own, as diffusers' pipelines do."""

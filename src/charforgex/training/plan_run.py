@@ -1,0 +1,144 @@
+"""`charforgex plan`: memory and time of a training by its settings, before anything is downloaded. `plan(cfg)` is the command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from charforgex.errors import ConfigError
+from charforgex.training.run import check
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from charforgex.training.planning import Cost, Machine, Plan, Work
+
+
+def plan(cfg: DictConfig) -> dict[str, Any]:
+    """Prints a table of plans and the settings of the one to take. Returns it, with all costs in bytes. Raises CharForgeError."""
+    from rich.console import Console
+
+    from charforgex.quiet import quiet
+
+    settings = check(cfg)
+    if "pretrain" in cfg or settings.motion is not None:
+        raise ConfigError("plan is of a character's training; leave pretrain and motion out.")
+    with quiet():
+        from charforgex.training.job import choose_device
+        from charforgex.training.planning import GIB, available_bytes, calibrated, candidates, costs, fastest
+
+        device = choose_device(settings.trainer.accelerator)
+        work = described(cfg, settings)
+        memory = available_bytes(device) if settings.trainer.memory is None else settings.trainer.memory * GIB
+        chosen = settings.trainer
+        found = costs(work, candidates(chosen.quantize, chosen.gradient_checkpointing))
+        machine = calibrated(device, work.dtype)
+        best = fastest(found, memory)  # on any machine
+    show(Console(), work, found, machine, memory, best, device)
+    rows = {plan.settings(): {"memory_bytes": cost.memory, "step_seconds": machine.seconds(cost)} for plan, cost in found.items()}
+    return {"plans": rows, "chosen": best and best.settings()}
+
+
+def described(cfg: DictConfig, settings: Any, grid: tuple[int, int] | None = None, text: tuple[int, int, int] | None = None) -> Work:
+    """What is trained, by the settings; the largest grid and the texts' size where the data is known. Nothing is loaded but configs,
+    of published bases our own copies of them. Raises ConfigError for what is not planned."""
+    from charforgex.config import bind
+    from charforgex.data.buckets import sides
+    from charforgex.families import registry
+    from charforgex.training.job import DTYPES
+    from charforgex.training.losses import Objective
+    from charforgex.training.planning import STATES, Work
+
+    family = registry.get(cfg.family.name)
+    if settings.text_encoder.learns:
+        raise ConfigError("text_encoder.lr and text_encoder.tokens are not planned: encoders that learn are not counted; leave them out.")
+    if settings.optimizer.name not in STATES:
+        raise ConfigError(f"optimizer={settings.optimizer.name} is not planned; there are {', '.join(STATES)}.")
+    base, configs = known(family, cfg.family.source, cfg.family.tokenizer)
+    config = configs[family.denoiser_name]
+    if grid is None:
+        stride = family.latent_stride(base)
+        side = max(sides(cfg.data.resolution)) // family.pixel_multiple(base) * family.pixel_multiple(base) // stride
+        grid = side, side
+    targets = settings.lora.targets
+    return Work(
+        family, base, configs, DTYPES[cfg.family.dtype], cfg.data.batch_size, grid, text or family.text_size(base, config),
+        family.lora_targets(targets, config) if isinstance(targets, str) else targets, settings.lora,
+        bind(Objective, cfg.loss, "loss"), settings.optimizer.name, bool(settings.trainer.ema),
+        draws=(min(settings.sampling.batch_size, len(settings.evaluation.prompts) * settings.evaluation.seeds), family.default_size(base)),
+    )  # fmt: skip
+
+
+def known(family: Any, source: str, tokenizer: str | None) -> tuple[Any, dict[str, Any]]:
+    """A base's scheduler, facts and tokenizers as components, and the configs of its denoiser and VAE."""
+    from charforgex.families.loading import TINY, Base, load_components
+
+    names = [name for name in family.components["text"] if name.startswith("tokenizer")]
+    variant = published(family, source)
+    if variant is not None:
+        return _from_own_configs(family, source, variant)
+    parts = load_components(family, source, names, _float32(), tokenizer=tokenizer)
+    if str(source) == TINY:
+        tiny = family.tiny()
+        return parts, {family.denoiser_name: dict(tiny.denoiser.config), "vae": dict(tiny["vae"].config)}
+    base = Base(family, source, [])
+    return parts, {name: base.config(name) for name in (family.denoiser_name, "vae")}
+
+
+def published(family: Any, source: str) -> str | None:
+    """Which variant of our own configs is a published base's, known by its hub id in conf/family; None for any other source."""
+    from omegaconf import OmegaConf
+
+    from charforgex.config import conf_folder
+    from charforgex.families.sources import EMBEDDED
+
+    choices = [path.stem for path in (conf_folder() / "family").glob("*.yaml") if OmegaConf.load(path).source == source != EMBEDDED]
+    fitting = [variant for stem in choices for variant in family.variants if stem.endswith(variant)]
+    return max(fitting, key=len, default=None)
+
+
+def _from_own_configs(family: Any, source: str, variant: str) -> tuple[Any, dict[str, Any]]:
+    import diffusers
+
+    from charforgex.families.single_file import own_config
+    from charforgex.types import Components
+
+    configs = {name: own_config(family, name, variant) for name in (family.denoiser_name, "vae")}
+    told = own_config(family, "scheduler", variant)
+    scheduler = getattr(diffusers, told["_class_name"]).from_config(told)
+    return Components(source, family.denoiser_name, {"scheduler": scheduler}, family.facts(configs)), configs
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def show(console: Any, work: Work, found: dict[Plan, Cost], machine: Machine, memory: float, best: Plan | None, device: str) -> None:
+    from rich.table import Table
+
+    from charforgex.training.planning import GIB
+
+    stride = work.family.latent_stride(work.base)
+    height, width = (side * stride for side in work.grid)
+    dtype = str(work.dtype).removeprefix("torch.")
+    title = (
+        f"{work.family.name}, {width}x{height}, batch {work.batch_size}, rank {work.lora.rank}, {dtype}, {memory / GIB:.1f} GiB ({device})"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("settings", "base", "kept and passing", "averages", "drawing", "memory", "step", ""):
+        table.add_column(column, justify="left" if column in ("settings", "") else "right")
+    for plan, cost in found.items():
+        parts = [f"{part / GIB:.2f}" for part in (cost.held, cost.step, cost.learning, cost.drawing, cost.memory)]
+        note = "take this" if plan == best else "fits" if cost.memory <= memory else "too large"
+        table.add_row(plan.settings().replace("trainer.", ""), *parts, f"{machine.seconds(cost):.3g} s", note)
+    console.print(table)
+    console.print("GiB; memory is the larger of step and drawing with base and averages, 5 % and 0.6 GiB. Predicted, not measured.")
+    if best is None:
+        least = min(found.values(), key=lambda cost: cost.memory)
+        console.print(
+            f"[yellow]Nothing fits {memory / GIB:.1f} GiB; the least is {least.memory / GIB:.1f}. Lower data.resolution or "
+            "data.batch_size, or leave trainer.quantize and trainer.gradient_checkpointing as they are by default."
+        )
+    else:
+        console.print(f"\n{best.settings()}", highlight=False, soft_wrap=True)
