@@ -135,13 +135,14 @@ def test_what_is_wrong_ends_before_anything_is_asked_for(sweep, slurm, monkeypat
         with pytest.raises(ConfigError, match=words):
             sweep(tasks.double, *ON, override)
     monkeypatch.setenv("MY_API_KEY", "abcdefgh1234")
-    with pytest.raises(ConfigError, match="MY_API_KEY would be written into config") as error:
-        sweep(tasks.double, *ON, "+login=${oc.env:MY_API_KEY}")
-    assert "abcdefgh" not in str(error.value)
+    for value, file in {"${oc.env:MY_API_KEY}": "config", "abcdefgh1234": "multirun"}.items():
+        with pytest.raises(ConfigError, match=f"MY_API_KEY would be written into {file}") as error:
+            sweep(tasks.double, *ON, f"+login={value}")
+        assert "abcdefgh" not in str(error.value)
     with pytest.raises(ConfigError, match="no name by which another process could import it"):
         sweep(lambda cfg: 1, *ON)
     assert not list(slurm.glob("*.sh"))
-    assert not any("abcdefgh" in path.read_text() for path in (tmp_path / "runs").rglob("*.yaml"))
+    assert not any("abcdefgh" in path.read_text() for path in tmp_path.rglob("*.yaml"))
 
 
 def test_a_dry_run_shows_the_script_and_submits_nothing(sweep, slurm, capsys, monkeypatch):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from charforgex.cloud.parcels import Parcel, find, key_of, waiting
+from charforgex.binding import bind, plain
+from charforgex.cloud.parcels import Parcel, find, key_of, refuse_secrets, waiting
 from charforgex.cloud.settings import LaunchSettings
 from charforgex.errors import ConfigError, LaunchError
 
@@ -29,6 +30,8 @@ class Place(Protocol):
     """Where jobs run."""
 
     settings: LaunchSettings
+
+    def __init__(self, settings: LaunchSettings): ...
 
     def check(self) -> None:
         """Raises ConfigError unless the place can be asked for something from here."""
@@ -80,6 +83,18 @@ class Job:
         parcel.pack(job, self.settings, OmegaConf.to_yaml(OmegaConf.create(hydra)))
 
 
+def set_up(kind: type[Place], schema: type[LaunchSettings], config: DictConfig) -> Place:
+    """The place that `hydra.launcher` describes, before the sweep has so much as a folder. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    node = plain(config.hydra.launcher, "hydra.launcher")
+    place = kind(bind(schema, {name: value for name, value in node.items() if name != "_target_"}, "hydra.launcher"))
+    refuse_without_values(place.settings, config)
+    refuse_secrets("multirun.yaml", OmegaConf.to_yaml(config))
+    place.check()
+    return place
+
+
 def launch(
     place: Place, context: HydraContext, task: TaskFunction, config: DictConfig, overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
@@ -89,8 +104,6 @@ def launch(
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     settings = place.settings
-    refuse_without_values(settings, config)
-    place.check()
     taken: list[Parcel] = []
     folders = {parcel.job()["run_dir"] for parcel in waiting(settings.folder)}
     jobs = []
@@ -238,7 +251,7 @@ def report(title: str, parcel: Parcel) -> None:
     if parcel.state() == "waiting":
         return
     came = parcel.returned()
-    say(f"{title}: {came['value'] if came['status'] == 'COMPLETED' else came['message'].splitlines()[0]}")
+    say(f"{title}: {came['value'] if came['status'] == 'COMPLETED' else (came['message'].splitlines() or [came['kind']])[0]}")
 
 
 def say(text: str) -> None:
