@@ -161,7 +161,10 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("tool", "family"), WAYS)
+QUICK = (("ai_toolkit", "sdxl"), ("kohya", "flux"))
+
+
+@pytest.mark.parametrize(("tool", "family"), [way if way in QUICK else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS])
 def test_there_and_back_again(tool, family, tmp_path):
     """Our settings in their words, imported, and said in their words again: the same."""
     module = MODULES[tool]

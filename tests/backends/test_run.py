@@ -43,18 +43,28 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def composed(place):
+    """Settings for each tool, composed once."""
+    small = ["family=sdxl_base", "trainer.steps=8", "trainer.ema=0", "trainer.checkpoint_every=3", "evaluation.every=4"]
+    return {
+        tool: compose("train", [f"backend={tool}", f"backend.folder={place / tool}", f"backend.python={sys.executable}", *small])
+        for tool in TOOLS
+    }
+
+
 @pytest.fixture
-def trained(place, tmp_path, monkeypatch):
+def trained(composed, place, tmp_path, monkeypatch):
     """A function that lets a tool train, whose fake ends as it is told. Its attribute `logged` has what it told of its steps."""
     monkeypatch.setenv("FAKE_LORA", str(place / "lora.safetensors"))
     logged = []
 
-    def train(tool, *overrides, ends="well", seconds=0.0):
+    def train(tool, ends="well", seconds=0.0, **backend):
         monkeypatch.setenv("FAKE", ends)
         monkeypatch.setenv("FAKE_SECONDS", str(seconds))
-        given = [f"backend={tool}", f"backend.folder={place / tool}", f"backend.python={sys.executable}", "family=sdxl_base",
-                 "trainer.steps=8", "trainer.ema=0", "trainer.checkpoint_every=3", "evaluation.every=4"]  # fmt: skip
-        cfg = compose("train", [*given, *overrides])
+        cfg = composed[tool].copy()
+        for name, value in backend.items():
+            cfg.backend[name] = value
         settings, _ = run.check(cfg)
         run.check_installation(settings)
         (tmp_path / "run" / "backend").mkdir(parents=True, exist_ok=True)
@@ -99,7 +109,7 @@ def test_steps_lost_to_memory_are_told(trained):
 
 def test_a_tool_that_hangs_is_stopped(trained):
     with pytest.raises(TrainingError, match=r"said nothing for 4 seconds .* and was stopped"):
-        trained("kohya", "backend.silence=4", ends="hang")
+        trained("kohya", ends="hang", silence=4)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -132,11 +142,11 @@ def test_what_is_whole_is_not_trained_again(trained, tmp_path):
 
 def test_what_is_not_there_is_said(trained, place):
     with pytest.raises(ConfigError, match=r"has no run\.py; name the folder of your checkout of ai-toolkit"):
-        trained("ai_toolkit", f"backend.folder={place / 'pictures'}")
+        trained("ai_toolkit", folder=str(place / "pictures"))
     with pytest.raises(ConfigError, match=r"backend\.python=nowhere is not there"):
-        trained("ai_toolkit", "backend.python=nowhere")
+        trained("ai_toolkit", python="nowhere")
     with pytest.raises(ConfigError, match=r"no environment in venv/ or \.venv/"):
-        trained("kohya", "backend.python=null")
+        trained("kohya", python=None)
 
 
 def test_an_older_tool_is_found_out(trained, tmp_path):
@@ -144,7 +154,7 @@ def test_an_older_tool_is_found_out(trained, tmp_path):
     text = (old / "library/train_util.py").read_text().replace('    parser.add_argument("--min_snr_gamma")\n', "")
     (old / "library/train_util.py").write_text(text)
     with pytest.raises(ConfigError, match="this version of kohya does not know min_snr_gamma"):
-        trained("kohya", f"backend.folder={old}")
+        trained("kohya", folder=str(old))
 
 
 @pytest.mark.parametrize(
