@@ -10,7 +10,7 @@ from rich.console import Console
 
 from charforgex import cli, runs
 from charforgex.errors import ConfigError
-from charforgex.sweeping.run import run_trials
+from charforgex.sweeping.run import run_trials, sweep
 from charforgex.sweeping.settings import SweepSettings
 from charforgex.sweeping.space import read_space
 from charforgex.sweeping.study import MOST_LOST, best_of, open_sweep
@@ -184,12 +184,22 @@ def test_a_wrong_name_in_a_sweeps_file_is_told_as_on_the_command_line(tmp_path, 
     assert "lora.rnk is unknown; did you mean lora.rank or lora.ranks?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["dry_run", "detach"])
+def test_a_launcher_that_does_not_wait_is_refused(option):
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"hydra": {"job": {"config_name": "train"}, "launcher": {option: True}}})
+    with pytest.raises(ConfigError, match=f"hydra.launcher.{option}=true returns before a trial has ended"):
+        sweep({"params": {"lora.rank": "4,8"}}, [], None, config, None)
+
+
 def test_other_commands_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.guarded("charforgex.merging.run:merge", "merge", ["-m", "hydra/sweeper=charforgex", "lora=[a,b]", "method=slerp"], "x") == 2
     assert "searches among trainings, and this is merge" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_command_is_the_same_study_and_a_changed_one_another(tmp_path, monkeypatch, capsys):
     """As far as the first launch."""
     from charforgex.sweeping import run

@@ -135,6 +135,7 @@ def draw_history(axes: Sequence[Axes], found: Sweep, trials: Sequence[FrozenTria
         for state in ("pruned", "fail"):
             for number in (trial.number for trial in trials if trial.state.name.lower() == state):
                 ax.axvline(number, color=COLOURS[state], linewidth=1, linestyle=":")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("trial (dotted: pruned, red: failed)", fontsize=9)
         ax.set_title(word, fontsize=10)
         ax.grid(alpha=0.25)

@@ -45,6 +45,11 @@ def sweep(
         raise ConfigError(
             f"hydra/sweeper=charforgex searches among trainings, and this is {config.hydra.job.config_name}; use plain -m a=1,2 there."
         )
+    for option in ("dry_run", "detach"):
+        if config.hydra.launcher.get(option):
+            raise ConfigError(
+                f"hydra.launcher.{option}=true returns before a trial has ended, and a search goes by its result; leave it out."
+            )
     composer = Composer(loader, config)
     space = read_space(settings.params, arguments, loader)
     base, choices = checked(settings, space, composer)
