@@ -123,6 +123,7 @@ def test_wandb_offline(tmp_path):
     if not files and "W&B wrote no run file" in " ".join(output.split()):
         pytest.skip(f"wandb itself wrote nothing on this machine, and the run said so:\n{output}")
     assert len(files) == 1 and files[0].stat().st_size > 1000, output
+    assert list(files[0].parent.rglob("media/images/samples_*.png")), "the sheets of its evaluations"
 
 
 SAID = {

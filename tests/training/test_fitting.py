@@ -20,6 +20,7 @@ from charforgex.training.optimizers import schedule
 from charforgex.training.settings import TrainerSettings
 from charforgex.types import Batch, Components, Crop, Prior
 from tests.training.test_module import Toy, steps_of
+from tests.training.together import together
 
 FAMILY = Sdxl()
 STEPS, SIZE = 3, 5
@@ -101,6 +102,43 @@ def test_it_is_told_once_and_kept_for_the_rest_of_the_run(tmp_path):
     resumed = make([])
     resumed.restore(checkpoint)
     assert resumed.largest == 2
+
+
+def test_a_run_gone_on_with_has_the_log_of_one_in_one_piece(whole, tmp_path):
+    """Losses by level and norms by block, too."""
+    run(tmp_path, None, steps=2)
+    resumed = make(batches())
+    resumed.restore(load_last_good(tmp_path / "checkpoints")[0])
+    run(tmp_path, None, module=resumed)
+    log = (tmp_path / "metrics.csv").read_bytes()
+    assert log == (whole[1] / "metrics.csv").read_bytes() and b"3,loss/t=" in log and b"2,weight_norm/" in log and b"1,weight" not in log
+
+
+class Cut(Toy):
+    """Losses of examples that can be computed apart; out of memory with two at once in the second process."""
+
+    def cut(self, micro, size):
+        return list(micro.split(size))
+
+    def losses(self, micro, key):
+        if self.processes.rank == 1 and len(micro) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().losses(micro, key)
+
+
+def test_one_of_several_processes_may_have_too_little(tmp_path):
+    def train(processes):
+        own = ([1.0, 2.0], [3.0, 6.0])[processes.rank]
+        module = Cut(steps_of([own], [own]), processes=processes)
+        fit(
+            module, tmp_path / "checkpoints", TrainerSettings(steps=2, ema=0.0, accelerator="cpu"), [], Console(quiet=True),
+            lambda step: None, 1000, set,
+        )  # fmt: skip
+        return module.w.item(), module.largest
+
+    assert together(2, train) == [(pytest.approx(2.25), None), (pytest.approx(2.25), 1)], "0, 1.5 and 2.25 on the way to the mean 3"
+    (warning,) = [row for row in read_events(tmp_path) if row["event"] == "warning"]
+    assert warning["kind"] == "out_of_memory" and warning["step"] == 1
 
 
 def test_a_single_example_that_does_not_fit_ends_it_with_the_ways_out(tmp_path):

@@ -26,7 +26,6 @@ from charforgex.training.live import LiveText
 from charforgex.training.losses import Objective, by_level
 from charforgex.training.memory import first_line, is_out_of_memory, told_if_full
 from charforgex.training.processes import ALONE, Processes
-from charforgex.training.sharding import is_split
 from charforgex.types import Batch
 
 T = TypeVar("T")
@@ -151,8 +150,9 @@ class StepModule(L.LightningModule):
         self.step += 1
         rates = {_told("lr", name): solver.param_groups[0]["lr"] for name, solver in self.solvers.items()}
         times = [time for t_B, _ in levels for time in t_B.tolist()]
-        pairs = self.processes.gather(list(zip(times, told[len(values) :], strict=True)))
-        by = by_level([pair for found in pairs for pair in found])
+        shared = self.processes.gather([list(zip(times, told[len(values) :], strict=True)), self.warnings])
+        by = by_level([pair for pairs, _ in shared for pair in pairs])
+        self.warnings = {kind: message for _, warnings in shared for kind, message in warnings.items()}
         self.numbers = values | by | rates | ({} if finite else {"skipped": 1.0})
         if self.skipped >= MAX_SKIPPED:
             told = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -348,9 +348,7 @@ class DenoiserModule(StepModule):
     def times(self, micro: Batch, key: tuple) -> Tensor:
         return self.objective.times_of(self.process, micro, *key)
 
-    def cut(self, micro: Batch, size: int) -> list[Batch] | None:
-        if is_split(self.denoiser):  # whose parts are passed around in every pass: no process can do one again alone
-            return None
+    def cut(self, micro: Batch, size: int) -> list[Batch]:
         return [micro.rows(first, min(first + size, len(micro))) for first in range(0, len(micro), size)]
 
     @torch.no_grad()

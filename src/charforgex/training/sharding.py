@@ -34,14 +34,3 @@ def split(denoiser: nn.Module, blocks: Sequence[nn.Module], learning: Collection
     whole = set(learning)
     for module in (*blocks, denoiser):  # the last has what lies outside of blocks
         fully_shard(module, mesh=mesh, ignored_params=whole)
-
-
-def is_split(denoiser: nn.Module) -> bool:
-    """Whether `split` has been here."""
-    import torch
-
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(denoiser, FSDPModule)
