@@ -16,6 +16,7 @@ from charforgex.errors import ConfigError, DataError, TrainingError
 from charforgex.lora.checkpoints import saved_steps
 from charforgex.training import launching
 from charforgex.training.launching import judge, outcome_path, outlast
+from charforgex.training.logs import read_log
 from charforgex.training.run import check, resumed
 from charforgex.training.trial import Pruned
 
@@ -99,6 +100,8 @@ def test_the_run_folder_is_the_same_on_any_devices(tmp_path):
 def test_what_cannot_use_several_devices_says_so():
     with pytest.raises(ConfigError, match=r"trainer.devices=2: the embedded models are trained on one device"):
         check(compose("train", ["experiment=charworld_pretrain", "pretrain.stage=vae", "trainer.devices=2", "trainer.accumulate=2"]))
+    with pytest.raises(ConfigError, match=r"trainer.devices=2: kohya has no equal of it"):
+        check(compose("train", ["backend=kohya", "backend.folder=x", "family=sdxl_base", "trainer.devices=2", "trainer.accumulate=2"]))
     with pytest.raises(ConfigError, match=r"lora.init=pissa .* trainer.strategy=fsdp"):
         check(compose("train", [*SETTINGS, "trainer.devices=2", "trainer.strategy=fsdp", "lora.init=pissa"]))
 
@@ -134,18 +137,28 @@ MOTION = ["experiment=animatediff_motion", "data.val_count=1"]
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     "settings",
-    [
-        [], ["family=flux", "trainer.strategy=fsdp"], ["family=sd3", "trainer.gradient_checkpointing=true", "trainer.strategy=fsdp"],
-        MOTION, [*MOTION, "trainer.strategy=fsdp"], ["text_encoder.lr=1e-3", "text_encoder.tokens=2", "trainer.strategy=fsdp"],
-    ],
+    [[], ["family=flux", "text_encoder.lr=1e-3"], ["family=sd3", "trainer.gradient_checkpointing=true"], MOTION],
     ids=lambda settings: " ".join(settings),
-)  # fmt: skip
+)
 def test_two_devices_are_one_to_the_bit(tmp_path, settings):
     """With two micro-batches a step there is one sum, of two numbers: its order makes no difference."""
-    train(tmp_path / "alone", *(word for word in settings if not word.startswith("trainer.strategy")))
+    train(tmp_path / "alone", *settings)
     train(tmp_path / "two", *settings, "trainer.devices=2")
     found = evidence(tmp_path / "two")
     assert found == evidence(tmp_path / "alone") and {"debug_motion.safetensors", "debug.safetensors"} & set(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    "settings", [["text_encoder.tokens=2"], ["family=flux", "trainer.gradient_checkpointing=true"], MOTION], ids=" ".join
+)
+def test_a_split_base_trains_as_the_whole_one(tmp_path, settings):
+    train(tmp_path / "alone", *settings)
+    train(tmp_path / "two", *settings, "trainer.devices=2", "trainer.strategy=fsdp")
+    alone, two = (read_log(tmp_path / name / "metrics.csv") for name in ("alone", "two"))
+    assert len(alone["loss"]) == 4
+    assert two["loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in alone["loss"]]
 
 
 @pytest.mark.slow

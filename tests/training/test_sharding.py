@@ -1,4 +1,4 @@
-"""A base that is split computes what the whole one does, to the bit, and what learns in it gets the same gradients."""
+"""A base that is split computes what the whole one does up to rounding, and what learns in it gets the same gradients."""
 
 import pytest
 import torch
@@ -60,9 +60,10 @@ def test_a_split_base_is_the_whole_one(row):
                 lora = read_adapter(parts.denoiser, family.denoiser_name)
                 assert same_output(parts.denoiser, family.denoiser_name, lora, lora) == []
         assert len(found[0]) > 4 and all(gradient.abs().max() > 0 for gradient in found[0])
-        return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        return max(((one - other).abs().max() / one.abs().max()).item() for one, other in zip(*found, strict=True))
 
-    assert together(2, compare) == [True, True]
+    # Weights that lie elsewhere in memory take other instructions of the processor, which add up in another order.
+    assert max(together(2, compare)) < 1e-5
 
 
 def test_packed_weights_are_refused():
