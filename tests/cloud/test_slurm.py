@@ -217,3 +217,19 @@ def test_a_training_that_made_room_ends_in_the_bits_of_one_that_did_not(slurm, t
         else:
             one, other = map(load_file, numbers)
             assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def train(*arguments):
+    from charforgex.cli import guarded
+
+    return guarded("charforgex.training.run:train", "train", [*ON, *arguments], "train.py")
+
+
+def test_a_launcher_without_a_sweep_and_a_job_that_could_not_run_are_refused(slurm, sweep, capsys, tmp_path):
+    assert train("debug=tiny") == 2
+    assert "hydra/launcher=slurm runs the jobs of a sweep, also of one job; add -m." in capsys.readouterr().err
+    assert train("-m", "hydra.launcher.tine=10") == 2
+    assert "hydra.launcher.tine" in capsys.readouterr().err
+    assert train("-m", "debug=tiny", "lora.rank=0,4") == 2
+    assert "lora.rank=0 is out of range" in capsys.readouterr().err
+    assert not list(slurm.glob("*.sh")) and not (tmp_path / "runs" / "jobs").exists()
