@@ -175,3 +175,13 @@ def test_what_the_tool_cannot_do_is_refused_by_name(overrides, why):
 def test_a_default_that_differs_is_a_note():
     _, notes = run.check(compose("train", ["backend=kohya", "backend.folder=x", "family=sdxl_base"]))
     assert [note.partition(":")[0] for note in notes] == ["trainer.ema=0.98", "lora.targets=attention"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_goes_over_whole(tool):
+    """Settings that are taken care of somewhere, each once away from its default."""
+    some = ["data.regularisation.source=x", "data.regularisation.weight=0.5", "data.regularisation.default_caption=woman", "data.flip=true",
+            "logger=wandb", "logger.project=mine", "logger.offline=true", "data.background=[0,0,0]", "evaluation.others=y",
+            "evaluation.seeds=3", "sampling.negative=blurry", "sampling.steps=9", "trainer.gradient_checkpointing=true", "curation=none",
+            "loss.weighting=none", "optimizer=adafactor", "family.dtype=float32", "seed=7", "lora.targets=attention_mlp"]  # fmt: skip
+    run.check(compose("train", [f"backend={tool}", "backend.folder=x", "family=sdxl_base", "trainer.ema=0", *some]))

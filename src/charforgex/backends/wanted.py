@@ -17,7 +17,8 @@ from charforgex.errors import ConfigError
 OURS = (
     "name", "seed", "runs_dir", "run_dir", "resume", "fresh", "cache_dir", "family", "backend", "curation", "data.source", "data.trigger",
     "data.add_trigger", "data.default_caption", "data.val_count", "data.background", "data.num_workers", "evaluation.embedder",
-    "evaluation.follower", "evaluation.others", "logger.tensorboard",
+    "evaluation.follower", "evaluation.others", "data.regularisation.source", "data.regularisation.default_caption",
+    "logger.tensorboard", "logger.offline",
 )  # fmt: skip
 
 
