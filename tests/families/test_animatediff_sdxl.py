@@ -323,3 +323,5 @@ def test_each_half_of_a_lora_has_its_files(parts, halves, tmp_path):
         shapes = {f"{parts_of[n]}.down.weight": (4, base.shapes[n][1]) for n in motion}
         shapes |= {f"{parts_of[n]}.up.weight": (base.shapes[n][0], 4) for n in motion}
         assert (family_of(shapes), bases.base_of(shapes, {}).name) == (base.family, name)
+        first = {key: shape for key, shape in shapes.items() if key.startswith("down_blocks.0.")}  # of which both have the same
+        assert family_of(first) is None and bases.base_of(first, {"charforgex.family": base.family}).family == base.family

@@ -85,7 +85,7 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> str | None:
         return "flux" if widths == {FLUX_WIDTH} and _is_flux(names) else None
     if _is_unet(names):
         if any("_motion_modules_" in name for name in names):
-            return "animatediff_sdxl" if _is_sdxl_motion(names) else "animatediff"
+            return _family_of_motion(names)
         return "sdxl" if _is_sdxl(names) else "sd15" if _widths(names, TEXT_IN) == {OTHER_UNETS_TEXT[0]} else None
     return None
 
@@ -121,6 +121,10 @@ def _is_sdxl(names: Mapping[str, Sequence[int]]) -> bool:
     return second_encoder or SDXL_TEXT in widths or any(re.search(r"_transformer_blocks_[1-9]", name) for name in names)
 
 
-def _is_sdxl_motion(names: Mapping[str, Sequence[int]]) -> bool:
-    """Motion modules of both UNets have the same names; a file of those on the way down alone counts as Stable Diffusion 1's."""
-    return any(_widths(names, rf"up_blocks_{block}_motion_modules_.*_to_[qkv]_") == {width} for block, width in SDXL_MOTION.items())
+def _family_of_motion(names: Mapping[str, Sequence[int]]) -> str | None:
+    """Motion modules of both UNets have the same names, and as far as the first block on the way up the same widths."""
+    widths = {block: _widths(names, rf"up_blocks_{block}_motion_modules_.*_(to_[qkv]|proj_in)_") for block in SDXL_MOTION}
+    if _is_sdxl(names) or any(found == {SDXL_MOTION[block]} for block, found in widths.items()):
+        return "animatediff_sdxl"
+    alike = re.compile(r"(down_blocks_[0-2]|up_blocks_0)_motion_modules_")
+    return None if all(alike.search(name) for name in names if "_motion_modules_" in name) else "animatediff"
