@@ -35,14 +35,15 @@ from charforgex.training.run import Clock, Settings, data_options
 
 def train_external(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
     """Returns what result.json holds. See `training.run.run`."""
-    with quiet():
-        return _train(cfg, settings, run_dir, going_on)
+    job = CharacterJob(cfg, settings, run_dir, Console(), Clock(run_dir))
+    with quiet(), job.events:
+        return _train(job, going_on)
 
 
-def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -> dict[str, Any]:
+def _train(job: CharacterJob, going_on: bool) -> dict[str, Any]:
+    cfg, settings, run_dir = job.cfg, job.settings, job.run_dir
     backend, differences = check(cfg)
     check_installation(backend)
-    job = CharacterJob(cfg, settings, run_dir, Console(), Clock(run_dir))
     family = registry.get(cfg.family.name)
     character = job.character = find_character(cfg, run_dir)
     prompts = with_trigger(settings.evaluation.prompts, character.trigger)
@@ -74,7 +75,7 @@ def _train(cfg: DictConfig, settings: Settings, run_dir: Path, going_on: bool) -
     lines += [("differs", note) for note in differences]
     lines += [("note", f"of {spare} pictures with several captions the first is used")] if spare else []
     lines += [("skipped", f"{problem.path}: {problem.reason}") for problem in data.problems]
-    report.show(job.console, "Plan", [*lines, ("folder", str(run_dir))])
+    job.show("Plan", [*lines, ("folder", str(run_dir))])
 
     log = StepLog(run_dir / "metrics.csv", TOOLS[backend.name].done_before(work, cfg.name))
     tool = ToolJob(cfg, backend, work, job.console, lambda step, numbers: log.log_metrics(numbers, step=step))
