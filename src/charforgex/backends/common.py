@@ -83,7 +83,7 @@ def refuse_unknown(tool: str, folder: Path, written: Iterable[str], known: set[s
     if unknown:
         raise ConfigError(
             f"backend.folder={folder}: this version of {tool} does not know {', '.join(unknown)}, and would pass over it; update it, or "
-            "leave out the settings that ask for it (the plan is in docs/backends.md)."
+            "leave out the settings that ask for it (docs/backends.md says which)."
         )
 
 
