@@ -4,6 +4,7 @@ Hydra's suites bring functions without a name by which another process could imp
 file that a function with a name opens.
 """
 
+import os
 import pickle
 from pathlib import Path
 
@@ -22,21 +23,18 @@ BOTH = pytest.mark.parametrize(("launcher_name", "overrides"), [("slurm", ON_SLU
 
 
 def call_pickled(cfg):
-    return pickle.loads((Path(__file__).parent / ".function.pickle").read_bytes())(cfg)
+    return pickle.loads((Path(os.environ["FAKE_SKY"]) / "function").read_bytes())(cfg)
 
 
 @pytest.fixture(autouse=True)
 def places(sweep, slurm, sky, monkeypatch):
     """The scripts on PATH, in a folder of its own; and the nameless functions."""
-    file = Path(__file__).parent / ".function.pickle"
 
     def entry_of(task):
-        file.write_bytes(cloudpickle.dumps(task))
+        (sky / "function").write_bytes(cloudpickle.dumps(task))
         return f"{__name__}:{call_pickled.__name__}"
 
     monkeypatch.setattr(launching, "entry_of", entry_of)
-    yield
-    file.unlink(missing_ok=True)
 
 
 def test_hydra_finds_both():

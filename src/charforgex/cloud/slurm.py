@@ -97,8 +97,8 @@ class Slurm:
                     over = not is_alive(int(handle.job_id))  # submitit knows those of this launch alone
                 else:
                     over = handle.done(force_check=ask)
-                since = over_since.setdefault(parcel, time.monotonic()) if over else math.inf
-                if parcel.state() == "waiting" and time.monotonic() - since > LAG:
+                over_since[parcel] = min(over_since.get(parcel, math.inf), time.monotonic()) if over else math.inf
+                if parcel.state() == "waiting" and time.monotonic() - over_since[parcel] > LAG:
                     parcel.fail("LaunchError", self.lost(handle))
                 if parcel.state() != "waiting":
                     del handles[parcel]
