@@ -214,6 +214,8 @@ def test_clips_from_a_video_have_its_sound(base, tmp_path):
         run = make(base, tmp_path / "-".join(more), init=video, frames=2, **more)
         with av.open(run["clips"][0]["file"]) as container:
             assert not container.streams.audio
+    run = make(base, tmp_path / "of a gif", init=run["clips"][0]["file"], frames=None)
+    assert run["clips"][0]["frames"] == 2
 
 
 def test_frames_at_another_rate():
