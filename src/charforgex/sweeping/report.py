@@ -56,7 +56,7 @@ def told(found: Sweep, trial: FrozenTrial, recipe: Mapping[str, Any] | None) -> 
         "number": trial.number,
         "state": trial.state.name.lower(),
         "settings": {name: text(value) for name, value in trial.params.items()},
-        "numbers": dict(zip(found.settings.objective, trial.values, strict=True)) if trial.values else None,
+        "numbers": dict(zip(found.settings.objective, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else None,
         "steps": max(trial.intermediate_values, default=None),
         "is_recipe": recipe is not None and trial.params == recipe,
         "lost": trial.user_attrs.get(LOST, 0),
