@@ -19,7 +19,7 @@ from tests.cloud import tasks
 ON = ["hydra/launcher=slurm"]
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
