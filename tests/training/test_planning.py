@@ -9,9 +9,9 @@ from torch import nn
 from charforgex.config import compose
 from charforgex.errors import ConfigError
 from charforgex.families.quantized import Packing
-from charforgex.training.plan_run import described, known, plan, published
+from charforgex.training.plan_run import described, known, plan, planned, published
 from charforgex.training.planning import GIB, Cost, Machine, Plan, candidates, costs, fastest, prepared, run_step
-from charforgex.training.run import check
+from charforgex.training.run import check, run
 from charforgex.training.tally import Tally, held_bytes
 from tests.families.rows import PICTURES
 
@@ -70,7 +70,8 @@ def test_a_plan_foretells_the_real_step(row, source):
             assert 1 <= (cost.held + cost.step) / (held + tally.peak_bytes) <= 1.1
             assert cost.moved == pytest.approx(tally.moved_bytes, rel=0.1)
     plain, less = found[plans[0]], found[plans[1]]
-    assert less.step < plain.step and less.flops > plain.flops
+    assert less.flops > plain.flops
+    assert source == "tiny" or less.step < plain.step  # in so small a base, what unpacking takes is more than what blocks keep
     assert plain.learning == sum(p.numel() for p in denoiser.parameters() if p.requires_grad) * 12  # two averages and the EMA
 
 
@@ -125,5 +126,27 @@ def test_the_command(capsys):
     assert found["chosen"] in told and "Predicted, not measured" in told
     with pytest.raises(ConfigError, match="encoders that learn are not counted"):
         plan(compose("train", ["text_encoder.lr=1e-5"]))
-    with pytest.raises(ConfigError, match="plan is of a character's training"):
+    with pytest.raises(ConfigError, match="Plans are of a character's training"):
         plan(compose("train", ["experiment=charworld_pretrain"]))
+
+
+def test_a_training_takes_the_plan_that_fits():
+    """It is in the config in the plan's place; with less memory the base is packed and blocks are computed twice."""
+    tiny = ["debug=tiny", "family=flux", "family.source=tiny", "trainer.plan=auto"]
+
+    def settled(memory: float, *more: str):
+        cfg = compose("train", [*tiny, f"trainer.memory={memory}", *more])
+        return planned(cfg, check(cfg)).trainer
+
+    roomy = settled(8)
+    assert (roomy.quantize, roomy.gradient_checkpointing, roomy.plan, roomy.memory) == (None, False, None, None)
+    found = plan(compose("train", [*tiny, "trainer.memory=8"]))["plans"]
+    bytes_of = {name: row["memory_bytes"] for name, row in found.items()}
+    least = min(bytes_of.values())
+    with pytest.raises(ConfigError, match=r"nothing fits 0\.6 GiB"):
+        settled(0.6)
+    assert f"trainer.quantize={settled(least / GIB + 1e-9).quantize or 'null'}" in min(bytes_of, key=bytes_of.get)
+    with pytest.raises(ConfigError, match=r"set trainer\.memory"):
+        planned(cfg := compose("train", tiny), check(cfg))
+    with pytest.raises(ConfigError, match=r"trainer\.memory=3 changes nothing without"):
+        run(compose("train", ["debug=tiny", "trainer.memory=3"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from charforgex.errors import ConfigError
-from charforgex.training.run import check
+from charforgex.training.run import Settings, check
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,27 +20,60 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     from charforgex.quiet import quiet
 
     settings = check(cfg)
-    if "pretrain" in cfg or settings.motion is not None:
-        raise ConfigError("plan is of a character's training; leave pretrain and motion out.")
     with quiet():
-        from charforgex.training.job import choose_device
-        from charforgex.training.planning import GIB, available_bytes, calibrated, candidates, costs, fastest
+        from charforgex.training.planning import calibrated
 
-        device = choose_device(settings.trainer.accelerator)
-        work = described(cfg, settings)
-        memory = available_bytes(device) if settings.trainer.memory is None else settings.trainer.memory * GIB
-        chosen = settings.trainer
-        found = costs(work, candidates(chosen.quantize, chosen.gradient_checkpointing))
+        work, found, best, memory, device = _chosen(cfg, settings)
         machine = calibrated(device, work.dtype)
-        best = fastest(found, memory)  # on any machine
     show(Console(), work, found, machine, memory, best, device)
     rows = {plan.settings(): {"memory_bytes": cost.memory, "step_seconds": machine.seconds(cost)} for plan, cost in found.items()}
     return {"plans": rows, "chosen": best and best.settings()}
 
 
-def described(cfg: DictConfig, settings: Any, grid: tuple[int, int] | None = None, text: tuple[int, int, int] | None = None) -> Work:
-    """What is trained, by the settings; the largest grid and the texts' size where the data is known. Nothing is loaded but configs,
-    of published bases our own copies of them. Raises ConfigError for what is not planned."""
+def planned(cfg: DictConfig, settings: Settings) -> DictConfig:
+    """The config of a training with the chosen settings in the place of `trainer.plan`: what is kept of the run says what it was done with.
+
+    Raises ConfigError if nothing fits.
+    """
+    from charforgex.quiet import quiet
+
+    with quiet():
+        from charforgex.training.job import choose_device
+        from charforgex.training.planning import GIB
+
+        if settings.trainer.memory is None and choose_device(settings.trainer.accelerator) != "cuda":
+            raise ConfigError("trainer.plan=auto: what is free on this computer changes, and the plan with it; set trainer.memory, in GiB.")
+        _, found, best, memory, _ = _chosen(cfg, settings)
+    if best is None:
+        least = min(cost.memory for cost in found.values())
+        raise ConfigError(
+            f"trainer.plan=auto: nothing fits {memory / GIB:.1f} GiB, the least is {least / GIB:.1f}; "
+            "lower data.resolution, data.batch_size or sampling.batch_size."
+        )
+    print(f"plan: {best.settings()}, predicted {found[best].memory / GIB:.1f} of {memory / GIB:.1f} GiB")
+    cfg = cfg.copy()
+    cfg.trainer.quantize, cfg.trainer.gradient_checkpointing = best.quantize, best.gradient_checkpointing
+    cfg.trainer.plan = cfg.trainer.memory = None
+    return cfg
+
+
+def _chosen(cfg: DictConfig, settings: Settings) -> tuple[Work, dict[Plan, Cost], Plan | None, float, str]:
+    """What is trained, all plans' costs, the best, the bytes that it may take and where."""
+    from charforgex.training.job import choose_device
+    from charforgex.training.planning import GIB, available_bytes, candidates, costs, fastest
+
+    if "pretrain" in cfg or settings.motion is not None or "backend" in cfg:
+        raise ConfigError("Plans are of a character's training here; leave pretrain, motion and backend out, or trainer.plan null.")
+    device, trainer = choose_device(settings.trainer.accelerator), settings.trainer
+    work = described(cfg, settings)
+    memory = available_bytes(device) if trainer.memory is None else trainer.memory * GIB
+    found = costs(work, candidates(trainer.quantize, trainer.gradient_checkpointing))
+    return work, found, fastest(found, memory), memory, device
+
+
+def described(cfg: DictConfig, settings: Settings) -> Work:
+    """What is trained, by the settings, with square pictures of the largest size. Nothing is loaded but configs, of published bases our
+    own copies of them. Raises ConfigError for what is not planned."""
     from charforgex.config import bind
     from charforgex.data.buckets import sides
     from charforgex.families import registry
@@ -55,13 +88,10 @@ def described(cfg: DictConfig, settings: Any, grid: tuple[int, int] | None = Non
         raise ConfigError(f"optimizer={settings.optimizer.name} is not planned; there are {', '.join(STATES)}.")
     base, configs = known(family, cfg.family.source, cfg.family.tokenizer)
     config = configs[family.denoiser_name]
-    if grid is None:
-        stride = family.latent_stride(base)
-        side = max(sides(cfg.data.resolution)) // family.pixel_multiple(base) * family.pixel_multiple(base) // stride
-        grid = side, side
+    side = max(sides(cfg.data.resolution)) // family.pixel_multiple(base) * family.pixel_multiple(base) // family.latent_stride(base)
     targets = settings.lora.targets
     return Work(
-        family, base, configs, DTYPES[cfg.family.dtype], cfg.data.batch_size, grid, text or family.text_size(base, config),
+        family, base, configs, DTYPES[cfg.family.dtype], cfg.data.batch_size, (side, side), family.text_size(base, config),
         family.lora_targets(targets, config) if isinstance(targets, str) else targets, settings.lora,
         bind(Objective, cfg.loss, "loss"), settings.optimizer.name, bool(settings.trainer.ema),
         draws=(min(settings.sampling.batch_size, len(settings.evaluation.prompts) * settings.evaluation.seeds), family.default_size(base)),

@@ -198,6 +198,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.resume is not None:
         cfg = resumed(Path(cfg.resume), cfg.trainer)
     settings = check(cfg)
+    if settings.trainer.plan == "auto":
+        from charforgex.training.plan_run import planned
+
+        cfg = planned(cfg, settings)
+        settings = check(cfg)
+    elif settings.trainer.memory is not None:
+        memory = settings.trainer.memory
+        raise ConfigError(f"trainer.memory={memory:g} changes nothing without trainer.plan=auto; set that, or leave it out.")
     place = find_place(settings.trainer, os.environ)
     if place is None:
         from charforgex.training.launching import launch

@@ -116,6 +116,7 @@ class TrainerSettings:
     gradient_checkpointing: bool | Positive = False  # of all blocks, or of that many from the first
     compile: bool = False
     quantize: Literal["int8", "fp8", "nf4"] | None = None  # how the frozen base's linear layers are held
+    plan: Literal["auto"] | None = None  # chooses quantize and gradient_checkpointing, where they are not set
     memory: Annotated[float, Range(above=0)] | None = None  # GiB that a plan may take; None is what there is
     ema: Annotated[float, Range(at_least=0, below=1)] = 0.99
     checkpoint_every: Positive = 100
