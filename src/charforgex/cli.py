@@ -241,7 +241,7 @@ class Task:
         check(cfg, GlobalHydra.instance().config_loader(), hydra_cfg.job.config_name, given["hydra"] + given["task"])
 
     def check(self, cfg: Any) -> None:
-        """All that can be said of the settings before anything is run, for launchers: a job's mistakes end its sweep before it has begun."""
+        """For launchers: all that can be said of the settings before anything is run, so that a mistake in one job costs no other."""
         self.check_keys(cfg)
         module = importlib.import_module(self.entry.partition(":")[0])
         if hasattr(module, "check") and cfg.get("resume") is None:
