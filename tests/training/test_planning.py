@@ -127,7 +127,7 @@ def test_the_command(capsys):
     with pytest.raises(ConfigError, match="encoders that learn are not counted"):
         plan(compose("train", ["text_encoder.lr=1e-5"]))
     with pytest.raises(ConfigError, match="Plans are of a character's training"):
-        plan(compose("train", ["experiment=charworld_pretrain"]))
+        plan(compose("train", ["experiment=charworld_pretrain", "pretrain.stage=base"]))
 
 
 def test_a_training_takes_the_plan_that_fits():
