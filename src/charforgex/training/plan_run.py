@@ -145,6 +145,7 @@ def _float32() -> Any:
 
 
 def show(console: Any, work: Work, found: dict[Plan, Cost], machine: Machine, memory: float, best: Plan | None, device: str) -> None:
+    from rich import box
     from rich.table import Table
 
     from charforgex.training.planning import GIB
@@ -155,13 +156,15 @@ def show(console: Any, work: Work, found: dict[Plan, Cost], machine: Machine, me
     title = (
         f"{work.family.name}, {width}x{height}, batch {work.batch_size}, rank {work.lora.rank}, {dtype}, {memory / GIB:.1f} GiB ({device})"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("settings", "base", "kept and passing", "averages", "drawing", "memory", "step", ""):
-        table.add_column(column, justify="left" if column in ("settings", "") else "right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("quantize", "blocks\ntwice", "base", "kept and\npassing", "averages", "drawing", "memory", "seconds", ""):
+        table.add_column(column, justify="left" if column in ("quantize", "blocks\ntwice", "") else "right", no_wrap=True)
     for plan, cost in found.items():
         parts = [f"{part / GIB:.2f}" for part in (cost.held, cost.step, cost.learning, cost.drawing, cost.memory)]
-        note = "take this" if plan == best else "fits" if cost.memory <= memory else "too large"
-        table.add_row(plan.settings().replace("trainer.", ""), *parts, f"{machine.seconds(cost):.3g} s", note)
+        note = "best" if plan == best else "fits" if cost.memory <= memory else "too large"
+        twice = plan.gradient_checkpointing
+        twice = str(twice) if not isinstance(twice, bool) else "all" if twice else "none"
+        table.add_row(plan.quantize or "null", twice, *parts, f"{machine.seconds(cost):.3g}", note)
     console.print(table)
     console.print("GiB; memory is the larger of step and drawing with base and averages, 5 % and 0.6 GiB. Predicted, not measured.")
     if best is None:
