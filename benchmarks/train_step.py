@@ -104,7 +104,7 @@ def job(setup: Setup, model: Path, pictures: Path, folder: Path) -> None:
 
     torch.set_num_threads(setup.threads)
     data = prepare_data(setup, model, pictures, folder / "cache")
-    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(first, setup.steps))
+    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(range(first, first + setup.steps)))
     decoder = setup.load(model, ["vae"])["vae"]  # for the previews: train.py holds it while it trains
     decoder.encoder = None
     ours(setup, module, folder / "run")(Clock(setup.steps, setup.on_gpu))  # the outer clock is the one that is read
@@ -160,7 +160,7 @@ def measure(setup: Setup, script: Path | None, with_jobs: bool, folder: Path) ->
     data = prepare_data(setup, model, pictures, folder / "cache")
     batches = [data.batch(number).to(setup.device) for number in range(setup.steps)]
 
-    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(first, setup.steps))
+    module = make_module(setup, setup.load(model, ["denoiser"]), lambda first: data.train_dataloader(range(first, first + setup.steps)))
     sides = {
         "ours": ours(setup, module, folder / "ours"),
         "plain": plain(setup, setup.load(model, ["denoiser"]).denoiser, batches),

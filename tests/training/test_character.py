@@ -58,7 +58,11 @@ def test_how_many_are_held_out_is_settled_before_pictures_are_looked_at(tmp_path
     (tmp_path / "raw").mkdir()
     cfg = compose("train", [f"data.source={tmp_path / 'raw'}", f"runs_dir={tmp_path / 'runs'}", *overrides])
     with pytest.raises(ConfigError, match=said):
-        curated(CharacterJob(cfg, check(cfg), tmp_path / "run", Console(), Clock(tmp_path), Character(tmp_path / "raw", "zork man", None)))
+        curated(
+            CharacterJob(
+                cfg, check(cfg), tmp_path / "run", Console(), Clock(tmp_path), character=Character(tmp_path / "raw", "zork man", None)
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def base_of(file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
             complaints.append((len(misfits), f"{len(misfits)} layers do not fit {name}, such as {misfits[0]}."))
     family = f"It looks like a LoRA of {shown(looks)}. " if looks else ""
     none = f"No base of it is listed; if it is for one of {', '.join(names())}, say base=<name>."
-    raise LoraError(f"{family}{min(complaints)[1] if complaints else none}")
+    raise LoraError(f"{family}{min(complaints, key=itemgetter(0))[1] if complaints else none}")
 
 
 def _misfits(base: Base, file_shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Iterator[str]:

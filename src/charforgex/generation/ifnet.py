@@ -59,18 +59,18 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def warped(pictures_BChw: Tensor, flow_B2hw: Tensor) -> Tensor:
-    """What lies where the flow points to, between pixels bilinearly; beyond the edge, the edge."""
+def warped(pictures_BChw: Tensor, flow_B2hw: Tensor, between: str = "bilinear") -> Tensor:
+    """What lies where the flow points to, `between` pixels bilinearly or by "bicubic"; beyond the edge, the edge."""
     height, width = flow_B2hw.shape[2:]
     x = torch.arange(width, device=flow_B2hw.device, dtype=flow_B2hw.dtype) + flow_B2hw[:, 0]
     y = torch.arange(height, device=flow_B2hw.device, dtype=flow_B2hw.dtype)[:, None] + flow_B2hw[:, 1]
     grid = torch.stack([x * (2 / max(1, width - 1)) - 1, y * (2 / max(1, height - 1)) - 1], dim=-1)
-    return F.grid_sample(pictures_BChw, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.grid_sample(pictures_BChw, grid, mode=between, padding_mode="border", align_corners=True)
 
 
-def along(pairs: list[Tensor], flow: Tensor) -> list[Tensor]:
+def along(pairs: list[Tensor], flow: Tensor, between: str = "bilinear") -> list[Tensor]:
     """The first and the second of each pair (pictures, features) along its half of the flow."""
-    return [warped(one, flow[:, :2] if side % 2 == 0 else flow[:, 2:]) for side, one in enumerate(pairs)]
+    return [warped(one, flow[:, :2] if side % 2 == 0 else flow[:, 2:], between) for side, one in enumerate(pairs)]
 
 
 def resized(tensor: Tensor, factor: float) -> Tensor:
@@ -154,7 +154,9 @@ class IFNet(nn.Module):
             flow = change if flow is None else flow + change
             mask = mask + new if mask is not None and not self.layout.head else new  # with a head, each block's mask is whole
             last = place + 1 == len(self.layout.scales)
-            moved, passed, share = along(frames[:2] if last else frames, flow), [left] if self.layout.passed else [], torch.sigmoid(mask)
+            between = "bicubic" if last and self.layout.given else "bilinear"  # as `by=dis` does; RIFE's weights know bilinear frames
+            moved = along(frames[:2] if last else frames, flow, between)
+            passed, share = [left] if self.layout.passed else [], torch.sigmoid(mask)
             yield flow, share, moved[0] * share + moved[1] * (1 - share)
 
     def forward(self, first: Tensor, second: Tensor, time_B: Tensor, start_B5hw: Tensor | None = None) -> Tensor:
